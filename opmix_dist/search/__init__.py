@@ -1,0 +1,1 @@
+"""Mathematics of the search: numpy in, numpy out. Knows no files and no ranks."""

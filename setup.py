@@ -1,0 +1,35 @@
+"""Packaging of opmix_dist.
+
+Dependencies are declared loosely here and pinned in ``requirements/*.lock``; ``make setup`` installs
+the lock. ``mosaicml-streaming`` is only needed to read and write MDS shards and is left to the lock:
+it requires torchvision, which must not be installed beside a CPU build of torch.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="opmix_dist",
+    version="0.1.0",
+    description="Distributed language-model training that decides, while it trains, what data to read next",
+    packages=find_packages(include=["opmix_dist", "opmix_dist.*"]),
+    package_data={"opmix_dist": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.11",
+        "numpy",
+        "scipy",
+        "cvxpy",
+        "clarabel",
+        "transformers>=4.57",
+        "tokenizers",
+        "peft",
+        "safetensors",
+        "pyarrow",
+        "zstandard",
+        "pydantic>=2",
+        "PyYAML",
+        "rich",
+        "plotly",
+    ],
+    entry_points={"console_scripts": ["opmix=opmix_dist.cli:main"]},
+)
