@@ -1,0 +1,147 @@
+"""Paths of a run directory and typed access to its files; the map is in docs/run_directory.md."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from opmix_dist.config import RunConfig, check_config, to_yaml
+from opmix_dist.errors import UserError
+from opmix_dist.exchange import files
+from opmix_dist.exchange.schemas import (
+    EvalLine,
+    Fit,
+    MixtureRecord,
+    Proposal,
+    Record,
+    SearchRequest,
+    SearchStatus,
+    Summary,
+    TrainLine,
+)
+
+R = TypeVar("R", bound=Record)
+_STEP_FOLDER = re.compile(r"^step_(\d{1,12})$")
+_SEARCH_FOLDER = re.compile(r"^\d{4}$")
+
+
+def read_record(path: Path, kind: type[R]) -> R:
+    """A checked record; UserError naming the file and the field when it does not fit its schema."""
+    return _check(kind, files.read_json(path), str(path))
+
+
+def read_records(path: Path, kind: type[R]) -> list[R]:
+    return [_check(kind, row, f"{path}:{i}") for i, row in enumerate(files.read_jsonl(path), 1)]
+
+
+def _check(kind: type[R], value: object, where: str) -> R:
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{where} is not a valid {kind.__name__}: {field}: {first['msg']}") from None
+
+
+def write_record(path: Path, record: Record) -> None:
+    files.write_json(path, record.model_dump(mode="json"))
+
+
+class SearchDir:
+    """searches/0001: request by the trainer, everything else by the pool."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = path.name
+        self.request_file = path / "request.json"
+        self.status_file = path / "status.json"
+        self.proposal_file = path / "proposal.json"
+        self.fit_file = path / "fit.json"
+        self.candidates_file = path / "candidates.parquet"
+
+    def request(self) -> SearchRequest:
+        return read_record(self.request_file, SearchRequest)
+
+    def status(self) -> SearchStatus | None:
+        """None until the pool has begun."""
+        return read_record(self.status_file, SearchStatus) if self.status_file.exists() else None
+
+    def proposal(self) -> Proposal:
+        return read_record(self.proposal_file, Proposal)
+
+    def fit(self) -> Fit:
+        return read_record(self.fit_file, Fit)
+
+    def probe(self, component: str) -> Path:
+        return self.path / "probes" / component
+
+
+class RunDir:
+    """One run's folder. Opening it reads nothing; each method names the file it reads in its errors."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.mixtures_file = self.path / "mixtures.jsonl"
+        self.train_file = self.path / "metrics" / "train.jsonl"
+        self.eval_file = self.path / "metrics" / "eval.jsonl"
+        self.summary_file = self.path / "summary.json"
+        self.report_file = self.path / "report.html"
+        self.export = self.path / "export" / "hf"
+        self.snapshots = self.path / "snapshots"
+        self.checkpoints = self.path / "checkpoints"
+        self.searches = self.path / "searches"
+
+    def snapshot(self, step: int) -> Path:
+        return self.snapshots / f"step_{step}"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step}"
+
+    def search(self, name: str) -> SearchDir:
+        return SearchDir(self.searches / name)
+
+    def search_dirs(self) -> list[SearchDir]:
+        """All requested searches, oldest first."""
+        if not self.searches.is_dir():
+            return []
+        found = sorted(p for p in self.searches.iterdir() if _SEARCH_FOLDER.match(p.name))
+        return [SearchDir(p) for p in found if (p / "request.json").exists()]
+
+    def complete_checkpoints(self) -> list[int]:
+        """Steps of the checkpoints that were finished, ascending."""
+        return [step for step, folder in self._checkpoint_folders() if files.is_complete(folder)]
+
+    def incomplete_checkpoints(self) -> list[Path]:
+        return [folder for _, folder in self._checkpoint_folders() if not files.is_complete(folder)]
+
+    def _checkpoint_folders(self) -> list[tuple[int, Path]]:
+        if not self.checkpoints.is_dir():
+            return []
+        matches = [(_STEP_FOLDER.match(p.name), p) for p in self.checkpoints.iterdir()]
+        return sorted((int(m[1]), p) for m, p in matches if m)
+
+    def write_config(self, config: RunConfig) -> None:
+        files.write_bytes(self.config_file, to_yaml(config).encode())
+
+    def config(self) -> RunConfig:
+        if not self.config_file.is_file():
+            raise UserError(f"{self.path} is not a run directory: it has no config.yaml")
+        return check_config(yaml.safe_load(self.config_file.read_text()))
+
+    def mixtures(self) -> list[MixtureRecord]:
+        """The recorded schedule in order, the last line for each step (a step is decided once)."""
+        return list({r.step: r for r in read_records(self.mixtures_file, MixtureRecord)}.values())
+
+    def train_lines(self) -> list[TrainLine]:
+        return read_records(self.train_file, TrainLine)
+
+    def eval_lines(self) -> list[EvalLine]:
+        return read_records(self.eval_file, EvalLine)
+
+    def summary(self) -> Summary:
+        return read_record(self.summary_file, Summary)

@@ -1,0 +1,175 @@
+"""What the files of a run directory hold. Everything read from disk passes through these models."""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+"""A domain or component: it becomes a folder name, so no separators and no leading dot."""
+
+
+def _on_simplex(weights: dict[str, float]) -> dict[str, float]:
+    if any(not math.isfinite(w) or w < 0 for w in weights.values()) or abs(sum(weights.values()) - 1) > 1e-6:
+        raise ValueError(f"weights must be finite, not negative and sum to 1, got {weights}")
+    return weights
+
+
+Mixture = Annotated[dict[Name, float], AfterValidator(_on_simplex)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class MixtureRecord(Record):
+    """A line of mixtures.jsonl: the decision of a policy at a step boundary. Steps count from 0."""
+
+    version: int = Field(ge=0)
+    step: int = Field(ge=0)
+    weights: Mixture
+    why: str
+    search: str | None = None
+    changed: bool = True
+    requested_step: int | None = None
+
+
+class SearchStage(StrEnum):
+    """Where a search stands. `requested` (request.json exists) and `applied` (a line in mixtures.jsonl names
+    it) are the trainer's to tell; the rest is written by the pool."""
+
+    PROBING = "probing"
+    EVALUATING = "evaluating"
+    FITTING = "fitting"
+    PROPOSED = "proposed"
+    FAILED = "failed"
+
+    @property
+    def final(self) -> bool:
+        return self in (SearchStage.PROPOSED, SearchStage.FAILED)
+
+
+class SearchStatus(Record):
+    """status.json: the pool's sign of life. ``beat`` grows with every piece of work that was done."""
+
+    stage: SearchStage
+    done: int = Field(0, ge=0)
+    total: int = Field(0, ge=0)
+    beat: int = Field(0, ge=0)
+    reason: str = ""
+
+
+class SearchRequest(Record):
+    """request.json: all that a search needs besides the run's configuration."""
+
+    search: Name
+    step: int = Field(ge=0)
+    snapshot: str
+    components: list[Name]
+    domains: list[Name]
+    composition: list[list[Finite]]
+    """C [components, domains]; rows sum to 1."""
+    current: Mixture
+    prior: Mixture
+    caps: list[Finite] | None = None
+    """Largest share of each domain [domains], from its tokens and the tokens to train."""
+    base_lr: float = Field(gt=0)
+    seed: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _shapes(self) -> SearchRequest:
+        rows, columns = len(self.components), len(self.domains)
+        if len(self.composition) != rows or any(len(row) != columns for row in self.composition):
+            raise ValueError(f"composition must be [{rows} components, {columns} domains]")
+        if self.caps is not None and len(self.caps) != columns:
+            raise ValueError(f"caps must have {columns} entries")
+        if len({*self.domains}) != columns or len({*self.components}) != rows:
+            raise ValueError("components and domains must not repeat")
+        return self
+
+
+class PhaseCost(Record):
+    """What a phase cost. ``device_seconds`` is wall time times the ranks that were busy with it."""
+
+    seconds: float = 0.0
+    device_seconds: float = 0.0
+    flops: float = 0.0
+    tokens: int = 0
+
+
+class Proposal(Record):
+    """proposal.json: the mixture that a search returns, and what it expects of it."""
+
+    search: Name
+    step: int = Field(ge=0)
+    coefficients: dict[Name, Finite]
+    weights: Mixture
+    current: Mixture
+    predicted: dict[Name, Finite]
+    """Loss per domain that the laws predict at the proposal, nats per token."""
+    simulated: dict[Name, Finite]
+    """Loss per domain of the simulated model at the proposal, measured on the held-out tokens."""
+    snapshot: dict[Name, Finite]
+    """Loss per domain of the snapshot itself (no adapter), on the same tokens."""
+    predicted_current: dict[Name, Finite]
+    """Loss per domain that the laws predict for staying on the current mixture."""
+    objective: Finite
+    kl: Finite
+    horizon_tokens: int
+    """Training tokens that each probe read: how far ahead the prediction looks."""
+    costs: dict[str, PhaseCost]
+    warnings: list[str] = []
+
+
+class Fit(Record):
+    """fit.json: the laws L_i(u) = exp(c_i) + exp(t_i . u) and how well they hold."""
+
+    domains: list[Name]
+    components: list[Name]
+    log_c: list[Finite]
+    t: list[list[Finite]]
+    r2: list[float | None]
+    spearman: list[float | None]
+    loo_error: list[float | None]
+    warnings: list[str] = []
+
+
+class TrainLine(Record):
+    """A line of metrics/train.jsonl. ``step`` is the number of finished steps; losses in nats per token."""
+
+    step: int
+    loss: float
+    domain_loss: dict[str, float]
+    grad_norm: float
+    lr: float
+    tokens: int
+    tokens_per_second: float
+    mixture_version: int
+
+
+class EvalLine(Record):
+    """A line of metrics/eval.jsonl: mean held-out loss per domain, nats per token, and its standard error."""
+
+    step: int
+    tokens: int
+    loss: dict[str, float]
+    stderr: dict[str, float]
+
+
+class Summary(Record):
+    """summary.json: how a run ended."""
+
+    steps: int
+    tokens: int
+    domain_tokens: dict[str, int]
+    final_loss: dict[str, float]
+    final_stderr: dict[str, float]
+    mixture: dict[str, float]
+    costs: dict[str, PhaseCost]
+    parameters: int
+    world_size: int
+    versions: dict[str, Any]
