@@ -116,7 +116,7 @@ class ProbeConfig(Section):
     steps: int = Field(5000, ge=1, description="optimiser steps of each probe (paper: 5,000 in pretraining)")
     batch_size: int = Field(32, ge=1, description="samples per probe and step")
     rank: int = Field(16, ge=1, description="LoRA rank")
-    alpha: float = Field(32.0, gt=0, description="LoRA alpha; the delta is alpha / rank * B A")
+    alpha: int = Field(32, gt=0, description="LoRA alpha; the delta is alpha / rank * B A")
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout on each adapter's input")
     lr_multiplier: float = Field(2.0, gt=0, description="probe learning rate over optimizer.lr; no warm-up")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay on A and B")

@@ -100,7 +100,7 @@ def require_complete(folder: Path, what: str) -> Any:
     """The marker's content; UserError when the folder was never finished."""
     if not is_complete(folder):
         raise UserError(
-            f"{what} {folder} has no {COMPLETE}: it was never finished; delete it or choose another"
+            f"{what} {folder} has no {COMPLETE}: it was never finished; delete it"
         )
     return read_json(folder / COMPLETE)
 

@@ -1,0 +1,165 @@
+"""Roles and worlds: which rank of a launch is what, and each role's own default process group.
+
+One ``torchrun`` launch holds trainers and, as its last ranks, the pool. Each role builds its own default
+group, so that FSDP2 (and any other engine) sees a world of trainers only. Both roles use torchrun's own
+TCPStore under a prefix: role, torchrun's restart attempt (the store outlives restarts) and, for the pool,
+the generation of its workers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import StrEnum
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opmix_dist.errors import UserError
+
+
+class Role(StrEnum):
+    TRAINER = "trainer"
+    POOL = "pool"
+
+
+class PeerError(RuntimeError):
+    """Another rank of this role failed; the message is that rank's."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where this process stands: its role, and its rank among the ranks of that role."""
+
+    role: Role
+    rank: int
+    size: int
+
+    @classmethod
+    def from_environment(cls, pool_ranks: int) -> Placement:
+        """The last ``pool_ranks`` ranks of the launch are the pool.
+
+        Raises:
+            UserError: the pool would leave no trainer.
+        """
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        trainers = world - pool_ranks
+        if trainers < 1:
+            raise UserError(
+                f"pool.ranks {pool_ranks} leaves no trainer in a launch of {world} rank(s): start at least "
+                f"{pool_ranks + 1} ranks, or set pool.ranks to 0 to search on the trainer ranks"
+            )
+        if rank < trainers:
+            return cls(Role.TRAINER, rank, trainers)
+        return cls(Role.POOL, rank - trainers, pool_ranks)
+
+
+class World:
+    """The ranks of one role, joined in the default process group.
+
+    Methods marked collective must be called by every rank of the role, in the same order; a rank that is
+    missing makes the others wait until the timeout, whose error names the role.
+    """
+
+    def __init__(self, placement: Placement, device: torch.device) -> None:
+        self.role, self.rank, self.size = placement.role, placement.rank, placement.size
+        self.device = device
+        self.is_leader = placement.rank == 0
+
+    @classmethod
+    def join(
+        cls, placement: Placement, *, device: str = "auto", timeout_s: float = 1800.0, generation: int = 0
+    ) -> World:
+        """Collective over the role. ``device``: auto takes this rank's GPU where there is one."""
+        chosen = _device(device)
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore(_prefix(placement.role, generation), launch_store()),
+            rank=placement.rank,
+            world_size=placement.size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+        return cls(placement, chosen)
+
+    def leave(self) -> None:
+        """Collective. Leave in step, so that no rank tears connections down that another still needs."""
+        dist.barrier()
+        dist.destroy_process_group()
+
+    def barrier(self) -> None:
+        """Collective."""
+        dist.barrier()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Collective. Sum over ranks in place, on whatever device ``values`` lies."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def share(self, values: Sequence[float] | None) -> list[float]:
+        """Collective. The leader's numbers on every rank; the others pass None."""
+        if self.size == 1:
+            assert values is not None
+            return list(values)
+        length = torch.tensor([len(values) if values is not None else 0])
+        dist.broadcast(length, src=0)
+        numbers = torch.zeros(int(length), dtype=torch.float64)
+        if values is not None:
+            numbers = torch.tensor(list(values), dtype=torch.float64)
+        dist.broadcast(numbers, src=0)
+        return numbers.tolist()
+
+    def share_text(self, text: str | None) -> str:
+        """Collective. The leader's text on every rank; the others pass None."""
+        codes = self.share(None if text is None else [float(b) for b in text.encode()])
+        return bytes(int(c) for c in codes).decode()
+
+    def agree(self, failure: str | None) -> None:
+        """Collective. Every rank passes its failure or None; all raise if any rank failed.
+
+        Raises:
+            PeerError: with the message of the first rank that failed.
+        """
+        if self.size == 1:
+            if failure is not None:
+                raise PeerError(failure)
+            return
+        first = torch.tensor([self.rank if failure is not None else self.size])
+        dist.all_reduce(first, op=dist.ReduceOp.MIN)
+        source = int(first)
+        if source == self.size:
+            return
+        text = (failure or "").encode()[:4096] if self.rank == source else b""
+        length = torch.tensor([len(text)])
+        dist.broadcast(length, src=source)
+        codes = torch.zeros(int(length), dtype=torch.uint8)
+        if self.rank == source:
+            codes = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else codes
+        dist.broadcast(codes, src=source)
+        raise PeerError(f"{self.role} rank {source}: {bytes(codes.tolist()).decode(errors='replace')}")
+
+
+def launch_store() -> dist.Store:
+    """The store of this launch: torchrun's, or one in memory for a process that was started alone."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://"))
+    return store
+
+
+def _prefix(role: Role, generation: int) -> str:
+    return f"{role}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{generation}"
+
+
+def _device(name: str) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("engine.device is cuda but torch sees no GPU: set it to cpu or auto")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,1 @@
+"""One interface over the ways to train a model; the training loop names no engine."""

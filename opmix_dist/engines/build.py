@@ -1,0 +1,34 @@
+"""Choosing an engine by its name in the configuration."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from opmix_dist.config import RunConfig
+from opmix_dist.distributed import World
+from opmix_dist.engines.base import Engine
+from opmix_dist.engines.fsdp import FSDPEngine
+from opmix_dist.engines.single import SingleEngine
+from opmix_dist.errors import UserError
+
+ENGINES: dict[str, type[SingleEngine]] = {"single": SingleEngine, "fsdp": FSDPEngine}
+
+
+def build_engine(config: RunConfig, model: PreTrainedModel, world: World, sequence_length: int) -> Engine:
+    """Collective over the trainer ranks.
+
+    Raises:
+        UserError: ``engine.name: single`` with more than one trainer rank.
+    """
+    name = config.engine.name
+    if name == "auto":
+        name = "fsdp" if world.size > 1 else "single"
+    if name == "single" and world.size > 1:
+        raise UserError(f"engine.name single runs on one trainer rank, not {world.size}: set it to fsdp")
+    return ENGINES[name](
+        model,
+        world,
+        config=config.engine,
+        optimizer=config.optimizer,
+        sequence_length=sequence_length,
+    )
