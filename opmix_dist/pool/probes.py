@@ -1,0 +1,100 @@
+"""Training the probes: one LoRA adapter per component, jointly on one frozen base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from opmix_dist.config import ProbeConfig
+from opmix_dist.exchange import files
+from opmix_dist.models.lora import JointAdapters
+from opmix_dist.models.loss import sample_losses
+from opmix_dist.pool.errors import SearchError
+
+CURVE_FILE = "curve.jsonl"
+
+
+def train_probes(
+    model: PreTrainedModel,
+    batches: Mapping[str, Iterator[Tensor]],
+    config: ProbeConfig,
+    *,
+    base_lr: float,
+    betas: tuple[float, float],
+    seeds: Mapping[str, int],
+    on_step: Callable[[int], None] = lambda step: None,
+    autocast_dtype: torch.dtype | None = None,
+) -> tuple[JointAdapters, dict[str, list[float]]]:
+    """Train one adapter per entry of ``batches``, each as if it were alone.
+
+    The loss is the sum over adapters of each one's own token mean; A and B have no parameter in common, so
+    each adapter sees its own gradient only. AdamW is elementwise and clipping goes by each adapter's own
+    norm: the result equals separate runs to float tolerance.
+
+    Args:
+        batches: component to an endless iterator of tokens [b, T] int64, the same b for all.
+        base_lr: the trainer's base learning rate; probes use ``lr_multiplier`` times it, constant.
+        seeds: component to the seed of its initial A and its dropout.
+        autocast_dtype: dtype of the matrix products; None computes in float32.
+
+    Returns:
+        The adapters, injected in ``model``, and each component's training loss per step (nats per token).
+
+    Raises:
+        SearchError: naming the probe and the step whose loss is NaN or inf.
+    """
+    names = list(batches)
+    adapters = JointAdapters(
+        model,
+        names,
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        seeds=[seeds[name] for name in names],
+    )
+    optimizer = torch.optim.AdamW(
+        adapters.parameters(),
+        lr=base_lr * config.lr_multiplier,
+        betas=betas,
+        weight_decay=config.weight_decay,
+    )
+    device = next(model.parameters()).device
+    curves: dict[str, list[float]] = {name: [] for name in names}
+    model.train()
+    with adapters.training():
+        for step in range(config.steps):
+            tokens = torch.cat([next(batches[name]) for name in names]).to(device)  # [K * b, T]
+            compute = torch.autocast(device.type, autocast_dtype) if autocast_dtype else nullcontext()
+            with compute:
+                sums = sample_losses(model, tokens)  # [K * b]
+            means = sums.view(len(names), -1).mean(dim=1) / (tokens.shape[1] - 1)  # [K]
+            _record(curves, names, means.tolist(), step)
+            means.sum().backward()
+            adapters.clip_gradients(config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            on_step(step + 1)
+    return adapters, curves
+
+
+def _record(curves: dict[str, list[float]], names: list[str], losses: list[float], step: int) -> None:
+    for name, loss in zip(names, losses, strict=True):
+        if not math.isfinite(loss):
+            raise SearchError(
+                f"probe `{name}` has loss {loss} at step {step + 1}: lower search.probes.lr_multiplier"
+            )
+        curves[name].append(loss)
+
+
+def save_probe(adapters: JointAdapters, name: str, curve: list[float], folder: Path, snapshot: str) -> None:
+    """Adapter in PEFT's format, its training curve, and last the marker that makes it count."""
+    files.remove_folder(folder)
+    adapters.save_peft(adapters.names.index(name), folder, snapshot)
+    files.rewrite_jsonl(folder / CURVE_FILE, ({"step": i, "loss": loss} for i, loss in enumerate(curve, 1)))
+    files.mark_complete(folder, {"component": name, "steps": len(curve)})

@@ -1,0 +1,40 @@
+"""status.json of a search: the pool's stage and sign of life."""
+
+from __future__ import annotations
+
+import time
+
+from opmix_dist.exchange.rundir import SearchDir, write_record
+from opmix_dist.exchange.schemas import SearchStage, SearchStatus
+
+WRITE_INTERVAL_S = 0.5  # often enough for a person who watches, rare enough for a shared file system
+
+
+class StatusWriter:
+    """Written by the pool's leader only; the other ranks call it too and write nothing."""
+
+    def __init__(self, search: SearchDir, *, writes: bool) -> None:
+        self._search, self._writes = search, writes
+        self._beat = 0
+        self._last_write = 0.0
+
+    def enter(self, stage: SearchStage, *, total: int = 0, reason: str = "") -> None:
+        """Move to a stage; written at once."""
+        self._stage, self._total, self._done = stage, total, 0
+        self._write(reason)
+
+    def advance(self, done: int | None = None) -> None:
+        """One more piece of work is done; written at most every half second."""
+        self._beat += 1
+        self._done = self._done + 1 if done is None else done
+        if time.monotonic() - self._last_write >= WRITE_INTERVAL_S:
+            self._write()
+
+    def _write(self, reason: str = "") -> None:
+        if not self._writes:
+            return
+        self._last_write = time.monotonic()
+        status = SearchStatus(
+            stage=self._stage, done=self._done, total=self._total, beat=self._beat, reason=reason
+        )
+        write_record(self._search.status_file, status)

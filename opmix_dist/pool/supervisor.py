@@ -1,0 +1,143 @@
+"""What a pool rank of the shared launch is: a thin parent that starts the worker and starts it again.
+
+``torchrun`` ends the whole launch when one of its ranks dies. A supervisor therefore does no work that
+could fail; its child does. Workers of one generation share a process group; when one dies, all supervisors
+start theirs again in the next generation, and the search goes on from what is on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from torch.distributed import Store
+
+from opmix_dist.config import RunConfig, to_yaml
+from opmix_dist.distributed import Placement, Role, launch_store
+from opmix_dist.errors import UserError
+from opmix_dist.exchange.rundir import RunDir
+from opmix_dist.exchange.schemas import SearchStage
+from opmix_dist.logs import set_up_logging
+from opmix_dist.pool.status import StatusWriter
+from opmix_dist.pool.worker import oldest_open_search
+from opmix_dist.process import die_with_parent
+
+log = logging.getLogger(__name__)
+GENERATION_KEY = "opmix/pool_generation"
+
+
+class Supervisor:
+    """Runs in each pool rank until the run has ended. Never raises for a worker's death."""
+
+    def __init__(self, run: RunDir, config: RunConfig, placement: Placement) -> None:
+        self.run, self.config, self.placement = run, config, placement
+        self.generations = Generations(launch_store())
+        self.deaths: dict[str, int] = {}
+        self.child: subprocess.Popen[bytes] | None = None
+
+    def supervise(self) -> None:
+        """Start workers until one ends by itself (the run is over) or the pool is given up."""
+        signal.signal(signal.SIGTERM, self._stop)
+        while True:
+            generation = self.generations.current()
+            self.child = self._start(generation)
+            code = self._wait(generation)
+            if code == 0:
+                return
+            if not self._may_restart(code):
+                return
+            time.sleep(self.config.pool.poll_interval_s)
+
+    def _start(self, generation: int) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, "OPMIX_POOL_GENERATION": str(generation)}
+        if self.config.pool.threads:
+            environment["OMP_NUM_THREADS"] = str(self.config.pool.threads)
+        place = [str(self.placement.rank), str(self.placement.size)]
+        child = subprocess.Popen(
+            [sys.executable, "-m", "opmix_dist.pool.worker", *place], env=environment, stdin=subprocess.PIPE
+        )
+        assert child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died already: _wait tells
+            child.stdin.write(to_yaml(self.config).encode())
+            child.stdin.close()
+        return child
+
+    def _wait(self, generation: int) -> int:
+        """The worker's exit code; another generation's start ends it too."""
+        assert self.child is not None
+        while (code := self.child.poll()) is None:
+            if self.generations.current() != generation:
+                self.child.kill()
+            time.sleep(self.config.pool.poll_interval_s)
+        if code != 0:
+            self.generations.advance_from(generation)
+        return code
+
+    def _may_restart(self, code: int) -> bool:
+        """Count a death against the search that was open; the leader gives that search up when it has had
+        its restarts. A pool that dies without a search open is given up altogether."""
+        search = oldest_open_search(self.run)
+        name = search.name if search else ""
+        self.deaths[name] = self.deaths.get(name, 0) + 1
+        left = self.config.pool.max_restarts - self.deaths[name] + 1
+        log.warning(
+            "pool worker %d ended with code %d; %d restart(s) left", self.placement.rank, code, max(0, left)
+        )
+        if left > 0:
+            return True
+        if search is None:
+            return False
+        reason = f"the pool worker died {self.deaths[name]} time(s), last with exit code {code}"
+        StatusWriter(search, writes=self.placement.rank == 0).enter(SearchStage.FAILED, reason=reason)
+        return True
+
+    def _stop(self, signum: int, frame: FrameType | None) -> None:
+        if self.child is not None:
+            self.child.kill()
+        os._exit(128 + signum)
+
+
+class Generations:
+    """The pool's generation in the launch's store, 0 at first. Any supervisor may advance it, once each."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._key = f"{GENERATION_KEY}/{attempt}"
+
+    def current(self) -> int:
+        return self._store.add(self._key, 0)
+
+    def advance_from(self, generation: int) -> None:
+        """No-op when another supervisor has advanced from the same generation already."""
+        if self.current() == generation:
+            self._store.compare_set(self._key, str(generation), str(generation + 1))
+
+
+def run_pool(run_dir: Path) -> None:
+    """``opmix pool --run DIR``: every rank of this launch is a pool rank of the run in ``run_dir``.
+
+    Waits for the trainers to write the run's configuration. A dead pool of this kind cannot touch training:
+    the trainers notice its silence after ``pool.heartbeat_timeout_s``.
+    """
+    die_with_parent()
+    run = RunDir(run_dir)
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    set_up_logging(f"pool {rank}")
+    while not run.config_file.exists():
+        log.info("waiting for %s", run.config_file)
+        time.sleep(2.0)
+    config = run.config()
+    if not config.pool.external:
+        raise UserError(
+            f"{run.config_file} does not set pool.external: its pool is inside the trainers' launch"
+        )
+    config = config.model_copy(update={"run_dir": str(run_dir)})
+    Supervisor(run, config, Placement(Role.POOL, rank, size)).supervise()

@@ -1,0 +1,70 @@
+"""The pool's worker: waits for requests in the run directory and answers them, one after the other."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+
+import yaml
+
+from opmix_dist.config import RunConfig, check_config
+from opmix_dist.exchange.rundir import RunDir, SearchDir
+
+log = logging.getLogger(__name__)
+
+
+def oldest_open_search(run: RunDir) -> SearchDir | None:
+    """The first search that has a request and no final status; None when all are answered."""
+    for search in run.search_dirs():
+        status = search.status()
+        if status is None or not status.stage.final:
+            return search
+    return None
+
+
+def work(run: RunDir, config: RunConfig, rank: int, size: int) -> None:
+    """Answer requests until the run has ended (summary.json). All pool ranks run this."""
+    from opmix_dist.distributed import Placement, Role, World
+    from opmix_dist.pool.run_search import Searcher
+
+    generation = int(os.environ.get("OPMIX_POOL_GENERATION", "0"))
+    world = World.join(
+        Placement(Role.POOL, rank, size),
+        device=config.engine.device,
+        timeout_s=config.engine.collective_timeout_s,
+        generation=generation,
+    )
+    searcher = Searcher(run, config, world)
+    while (name := world.share_text(_next(run) if world.is_leader else None)) != "end":
+        if name:
+            searcher.answer(run.search(name))
+        else:
+            time.sleep(config.pool.poll_interval_s)
+    world.leave()
+
+
+def _next(run: RunDir) -> str:
+    """A search to answer, "end", or "" for nothing yet. A run that has ended needs no more answers."""
+    if run.summary_file.exists():
+        return "end"
+    search = oldest_open_search(run)
+    return search.name if search else ""
+
+
+def main() -> None:
+    """``python -m opmix_dist.pool.worker RANK SIZE``, the configuration on standard input: started by the
+    supervisor."""
+    from opmix_dist.logs import set_up_logging
+    from opmix_dist.process import die_with_parent
+
+    die_with_parent()
+    rank, size = int(sys.argv[1]), int(sys.argv[2])
+    set_up_logging(f"pool {rank}")
+    config = check_config(yaml.safe_load(sys.stdin.read()))
+    work(RunDir(config.run_dir), config, rank, size)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""How our processes live and die: with their parent, and one writer for each run directory."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import IO
+
+from opmix_dist.errors import UserError
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies.
+
+    A launcher that is killed with -9 cannot take its ranks along; orphans would go on writing into the run
+    directory while the restarted job writes there too.
+    """
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before we asked
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def lock_run(folder: Path) -> IO[str]:
+    """Hold the run directory for this process; keep the returned file open as long.
+
+    Raises:
+        UserError: another live process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a+")  # noqa: SIM115  (it is the lock: it stays open)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(f"{folder} is in use by another run ({file.read().strip()}): stop it first") from None
+    except OSError as error:
+        logging.getLogger(__name__).warning(
+            "%s cannot be locked (%s): start one job on it only", folder, error
+        )
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {os.uname().nodename}\n")
+    file.flush()
+    return file

@@ -1,0 +1,181 @@
+"""What hangs on the training loop without changing it: logs, progress, trackers, checkpoints."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from opmix_dist.errors import UserError
+from opmix_dist.exchange import files
+from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, TrainLine
+
+if TYPE_CHECKING:
+    from opmix_dist.train.checkpoint import Checkpointer
+    from opmix_dist.train.trainer import Trainer
+
+
+class Callback:
+    """Hooks of the training loop, all optional. Unless a hook says otherwise, only the leader may do work
+    in it that takes time, and no hook communicates."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Before the first step, after a checkpoint (if any) was loaded."""
+
+    def on_step(self, trainer: Trainer, line: TrainLine) -> None:
+        """After each optimiser step; every rank, with the same ``line``. May communicate."""
+
+    def on_mixture(self, trainer: Trainer, record: MixtureRecord) -> None:
+        """A policy has decided; the next batch follows ``record``."""
+
+    def on_evaluation(self, trainer: Trainer, line: EvalLine) -> None:
+        """After each evaluation."""
+
+    def on_end(self, trainer: Trainer) -> None:
+        """After the last step and the last evaluation; every rank. May communicate."""
+
+    def close(self) -> None:
+        """The loop was left, by its end or by an error."""
+
+
+class JsonlLogger(Callback):
+    """metrics/train.jsonl and metrics/eval.jsonl, on the leader."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Drop lines of steps that a resumed run is about to do again."""
+        for path in (trainer.run.train_file, trainer.run.eval_file):
+            if path.exists():
+                kept = [row for row in files.read_jsonl(path) if row["step"] <= trainer.state.step]
+                files.rewrite_jsonl(path, kept)
+
+    def on_step(self, trainer: Trainer, line: TrainLine) -> None:
+        if trainer.world.is_leader:
+            files.append_jsonl(trainer.run.train_file, line.model_dump())
+
+    def on_evaluation(self, trainer: Trainer, line: EvalLine) -> None:
+        files.append_jsonl(trainer.run.eval_file, line.model_dump())
+
+
+class ProgressReporter(Callback):
+    """A bar on a terminal, a line every ``log_interval_steps`` elsewhere. On the leader only."""
+
+    def __init__(self, interval_steps: int) -> None:
+        self.interval_steps = interval_steps
+        self.console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160, highlight=False)
+        self.bar = Progress(
+            TextColumn("train"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} {task.description}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.bar.start()
+        self.task = self.bar.add_task("", total=trainer.config.train.steps, completed=trainer.state.step)
+        self.console.print(
+            f"{trainer.run.path}: {trainer.engine.num_parameters:,} parameters, "
+            f"{trainer.world.size} trainer rank(s), {type(trainer.engine).__name__}, from step "
+            f"{trainer.state.step} to {trainer.config.train.steps}"
+        )
+
+    def on_step(self, trainer: Trainer, line: TrainLine) -> None:
+        text = f"loss {line.loss:.4f}  lr {line.lr:.2e}  {line.tokens_per_second:,.0f} tokens/s"
+        if self.console.is_terminal:
+            shown = f"{text}  {mixture_text(trainer.state.weights)}"
+            self.bar.update(self.task, completed=line.step, description=shown)
+        elif line.step % self.interval_steps == 0 or line.step == trainer.config.train.steps:
+            self.console.print(f"step {line.step:>6}/{trainer.config.train.steps}  {text}")
+
+    def on_mixture(self, trainer: Trainer, record: MixtureRecord) -> None:
+        self.console.print(f"step {record.step:>6}  mixture {mixture_text(record.weights)}  ({record.why})")
+
+    def on_evaluation(self, trainer: Trainer, line: EvalLine) -> None:
+        mean = sum(line.loss.values()) / len(line.loss)
+        parts = "  ".join(f"{name} {loss:.3f}" for name, loss in line.loss.items())
+        self.console.print(f"step {line.step:>6}  held-out mean {mean:.4f}  {parts}")
+
+    def close(self) -> None:
+        self.bar.stop()
+
+
+def mixture_text(weights: dict[str, float]) -> str:
+    """``code 40% web 35% ...``: the largest six."""
+    largest = sorted(weights.items(), key=lambda item: -item[1])[:6]
+    return " ".join(f"{name} {weight:.0%}" for name, weight in largest)
+
+
+def _scalars(line: TrainLine) -> dict[str, float]:
+    scalars = {"train/loss": line.loss, "train/grad_norm": line.grad_norm, "train/lr": line.lr}
+    scalars["train/tokens_per_second"] = line.tokens_per_second
+    return scalars | {f"train_domain/{name}": loss for name, loss in line.domain_loss.items()}
+
+
+def _require(package: str, setting: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{setting} needs the package {package}: install it or unset {setting}")
+
+
+class TensorBoardLogger(Callback):
+    """Losses, learning rate, speed, mixture and held-out losses as TensorBoard events, on the leader."""
+
+    def __init__(self, folder: str) -> None:
+        _require("tensorboard", "logging.tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(folder)
+
+    def on_step(self, trainer: Trainer, line: TrainLine) -> None:
+        for name, value in _scalars(line).items():
+            self.writer.add_scalar(name, value, line.step)
+
+    def on_mixture(self, trainer: Trainer, record: MixtureRecord) -> None:
+        for name, weight in record.weights.items():
+            self.writer.add_scalar(f"mixture/{name}", weight, record.step)
+
+    def on_evaluation(self, trainer: Trainer, line: EvalLine) -> None:
+        for name, loss in line.loss.items():
+            self.writer.add_scalar(f"eval/{name}", loss, line.step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandbLogger(Callback):
+    """The same in Weights & Biases, on the leader."""
+
+    def __init__(self, project: str, name: str, config: dict[str, Any], folder: str) -> None:
+        _require("wandb", "logging.wandb_project")
+        import wandb
+
+        self.run = wandb.init(project=project, name=name, config=config, dir=folder, resume="allow")
+
+    def on_step(self, trainer: Trainer, line: TrainLine) -> None:
+        mixture = {f"mixture/{name}": weight for name, weight in trainer.state.weights.items()}
+        self.run.log(_scalars(line) | mixture, step=line.step)
+
+    def on_evaluation(self, trainer: Trainer, line: EvalLine) -> None:
+        self.run.log({f"eval/{name}": loss for name, loss in line.loss.items()}, step=line.step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class CheckpointCallback(Callback):
+    """Saves every ``interval_steps`` and at the end; every rank."""
+
+    def __init__(self, checkpointer: Checkpointer, interval_steps: int) -> None:
+        self.checkpointer, self.interval_steps = checkpointer, interval_steps
+
+    def on_step(self, trainer: Trainer, line: TrainLine) -> None:
+        last = line.step == trainer.config.train.steps
+        if last or (self.interval_steps and line.step % self.interval_steps == 0):
+            trainer.save_checkpoint(self.checkpointer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        self.checkpointer.wait()

@@ -1,0 +1,275 @@
+"""``opmix train``: one launch, every rank finds its role, the parts are built and run."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from typing import IO
+
+import numpy
+import torch
+import transformers
+
+from opmix_dist import __version__
+from opmix_dist.config import RunConfig, changed_settings
+from opmix_dist.data.catalogue import Catalogue
+from opmix_dist.data.loader import MixtureLoader, eval_batches
+from opmix_dist.distributed import Placement, Role, World
+from opmix_dist.engines.base import Engine
+from opmix_dist.engines.build import build_engine
+from opmix_dist.errors import UserError
+from opmix_dist.exchange import files
+from opmix_dist.exchange.rundir import RunDir, write_record
+from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, Summary
+from opmix_dist.logs import set_up_logging
+from opmix_dist.models.build import build_model
+from opmix_dist.pool.supervisor import Supervisor
+from opmix_dist.process import die_with_parent, lock_run
+from opmix_dist.report.html import write_report
+from opmix_dist.seeds import derive_seed
+from opmix_dist.train.callbacks import (
+    Callback,
+    CheckpointCallback,
+    JsonlLogger,
+    ProgressReporter,
+    TensorBoardLogger,
+    WandbLogger,
+)
+from opmix_dist.train.checkpoint import Checkpointer
+from opmix_dist.train.policy import POLICIES, Surroundings, initial_mixture
+from opmix_dist.train.state import TrainerState
+from opmix_dist.train.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+def run_job(config: RunConfig) -> None:
+    """Every rank of the launch calls this.
+
+    Raises:
+        UserError: anything in the configuration, the data or the run directory that the user can mend; before
+            anything is written where that can be known before.
+    """
+    die_with_parent()
+    placement = Placement.from_environment(config.pool.ranks)
+    set_up_logging(f"{placement.role} {placement.rank}")
+    run = RunDir(config.run_dir)
+    if placement.role is Role.POOL:
+        Supervisor(run, config, placement).supervise()
+        return
+    catalogue = Catalogue.open(config.data.root, config.data.domains)
+    weights = initial_mixture(config.mixture.initial, catalogue)
+    check_config_against(config, catalogue, placement)
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+    world = World.join(placement, device=config.engine.device, timeout_s=config.engine.collective_timeout_s)
+    Job(run, config, world, catalogue, weights).run_to_end()
+    world.leave()
+
+
+def check_config_against(config: RunConfig, catalogue: Catalogue, placement: Placement) -> None:
+    """What the configuration alone cannot tell: sizes that depend on the data and the number of ranks."""
+    per_rank = config.train.micro_batch_size * placement.size
+    if config.train.global_batch_size % per_rank:
+        raise UserError(
+            f"train.global_batch_size {config.train.global_batch_size} must be a multiple of "
+            f"train.micro_batch_size x trainer ranks = {config.train.micro_batch_size} x {placement.size}"
+        )
+    for name in config.search.proposal.omega or {}:
+        if name not in catalogue.names:
+            raise UserError(f"search.proposal.omega names `{name}`, which is no domain of {catalogue.root}")
+    if config.search.proposal.omega and len(config.search.proposal.omega) < len(catalogue.names):
+        missing = sorted(set(catalogue.names) - set(config.search.proposal.omega))
+        raise UserError(f"search.proposal.omega has no weight for `{missing[0]}`")
+
+
+class Job:
+    """The trainer ranks' side of a run: open the run directory, build, train, export, sum up."""
+
+    def __init__(
+        self, run: RunDir, config: RunConfig, world: World, catalogue: Catalogue, weights: dict[str, float]
+    ) -> None:
+        self.run, self.config, self.world = run, config, world
+        self.catalogue, self.weights = catalogue, weights
+
+    def run_to_end(self) -> None:
+        lock = self._open_run()
+        if self._already_ended():
+            log.info("%s has ended already: nothing to do", self.run.path)
+            return
+        trainer = self._build()
+        last = trainer.fit()
+        self._export(trainer.engine)
+        if self.world.is_leader:
+            self._sum_up(trainer, last)
+        self.world.barrier()
+        if lock is not None:
+            lock.close()
+
+    def _open_run(self) -> IO[str] | None:
+        """Collective. Lock and check the run directory on the leader, write config.yaml."""
+        lock, failure = None, None
+        if self.world.is_leader:
+            try:
+                lock = lock_run(self.run.path)
+                self._check_earlier_attempt()
+                self.run.write_config(self.config)
+            except UserError as error:
+                failure = str(error)
+        text = self.world.share_text((failure or "") if self.world.is_leader else None)
+        if text:
+            raise UserError(text)
+        return lock
+
+    def _check_earlier_attempt(self) -> None:
+        if not self.run.config_file.exists():
+            others = [p.name for p in self.run.path.iterdir() if p.name != ".lock"]
+            if others:
+                raise UserError(
+                    f"run_dir {self.run.path} holds {others[0]} but is no run: choose an empty folder"
+                )
+            return
+        if self.config.resume == "never":
+            raise UserError(f"run_dir {self.run.path} holds a run and resume is never: choose another folder")
+        changed = changed_settings(self.run.config(), self.config)
+        if changed:
+            raise UserError(
+                f"run_dir {self.run.path} was started with other settings ({', '.join(changed)}): "
+                "put them back to resume it, or choose another run_dir"
+            )
+
+    def _already_ended(self) -> bool:
+        """Collective."""
+        ended = [float(self.run.summary_file.exists())] if self.world.is_leader else None
+        return bool(self.world.share(ended)[0])
+
+    def _build(self) -> Trainer:
+        config, world, catalogue = self.config, self.world, self.catalogue
+        engine = self._build_engine()
+        checkpointer = Checkpointer(self.run, config.checkpoint, world)
+        loader = MixtureLoader(
+            catalogue,
+            self.weights,
+            global_batch_size=config.train.global_batch_size,
+            rank=world.rank,
+            world_size=world.size,
+            seed=derive_seed(config.seed, "data"),
+            num_workers=config.data.num_workers,
+            prefetch_batches=config.data.prefetch_batches,
+            max_epochs=self._max_epochs(),
+        )
+        state = self._restore(engine, checkpointer, loader)
+        around = Surroundings(self.run, config, world, engine, catalogue)
+        return Trainer(
+            run=self.run,
+            config=config,
+            world=world,
+            engine=engine,
+            catalogue=catalogue,
+            loader=loader,
+            heldout=eval_batches(
+                catalogue, samples_per_domain=config.train.eval_samples_per_domain, seed=config.seed
+            ),
+            policy=POLICIES[config.mixture.policy](around),
+            callbacks=self._callbacks(checkpointer),
+            state=state,
+            recorded=self._recorded(),
+        )
+
+    def _build_engine(self) -> Engine:
+        tokenizer = self.catalogue.load_tokenizer()
+        ids = {
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        model = build_model(
+            self.config.model,
+            vocab_size=self.catalogue.vocab_size,
+            token_ids=ids,
+            seed=derive_seed(self.config.seed, "weights"),
+        )
+        return build_engine(self.config, model, self.world, self.catalogue.sequence_length)
+
+    def _max_epochs(self) -> dict[str, float] | None:
+        limit = self.config.data.max_epochs
+        return None if limit is None else dict.fromkeys(self.catalogue.names, limit)
+
+    def _restore(self, engine: Engine, checkpointer: Checkpointer, loader: MixtureLoader) -> TrainerState:
+        step = checkpointer.newest()
+        if step is None:
+            return TrainerState(
+                weights=self.weights,
+                domain_tokens=dict.fromkeys(self.catalogue.names, 0),
+                world_size=self.world.size,
+                global_batch_size=self.config.train.global_batch_size,
+            )
+        state = checkpointer.load(engine, step)
+        loader.load_state_dict(state.loader)
+        if state.world_size != self.world.size and self.world.is_leader:
+            log.info("checkpoint of %d trainer ranks continues on %d", state.world_size, self.world.size)
+        state.world_size = self.world.size
+        return state
+
+    def _recorded(self) -> dict[int, MixtureRecord]:
+        """Collective. The schedule on disk; a new run's begins with the initial mixture."""
+        text = None
+        if self.world.is_leader:
+            records = self.run.mixtures()
+            if not records:
+                first = MixtureRecord(version=0, step=0, weights=self.weights, why="initial mixture")
+                records = [first]
+                files.append_jsonl(self.run.mixtures_file, first.model_dump())
+            text = "\n".join(record.model_dump_json() for record in records)
+        lines = self.world.share_text(text).splitlines()
+        schedule = (MixtureRecord.model_validate_json(line) for line in lines)
+        return {record.step: record for record in schedule}
+
+    def _callbacks(self, checkpointer: Checkpointer) -> list[Callback]:
+        """Checkpoints come last: what a checkpoint's step has logged is on disk before it counts."""
+        callbacks: list[Callback] = []
+        if self.world.is_leader:
+            logging_config = self.config.logging
+            callbacks += [JsonlLogger(), ProgressReporter(self.config.train.log_interval_steps)]
+            if logging_config.tensorboard:
+                callbacks.append(TensorBoardLogger(str(self.run.path / "metrics" / "tensorboard")))
+            if logging_config.wandb_project:
+                plain = self.config.model_dump(mode="json")
+                callbacks.append(
+                    WandbLogger(logging_config.wandb_project, self.run.path.name, plain, str(self.run.path))
+                )
+        callbacks.append(CheckpointCallback(checkpointer, self.config.checkpoint.interval_steps))
+        return callbacks
+
+    def _export(self, engine: Engine) -> None:
+        """Collective. The final model and its tokenizer, loadable with transformers alone."""
+        parameters = engine.full_parameters()
+        if parameters is not None:
+            files.remove_folder(self.run.export)
+            engine.save_hf(parameters, self.run.export)
+            self.catalogue.load_tokenizer().save_pretrained(self.run.export)
+            files.mark_complete(self.run.export, {"step": self.config.train.steps})
+
+    def _sum_up(self, trainer: Trainer, last: EvalLine) -> None:
+        """summary.json, which tells the pool that the run has ended, and the report."""
+        state = trainer.state
+        summary = Summary(
+            steps=state.step,
+            tokens=state.tokens,
+            domain_tokens=state.domain_tokens,
+            final_loss=last.loss,
+            final_stderr=last.stderr,
+            mixture=state.weights,
+            costs=trainer.ledger.costs,
+            parameters=trainer.engine.num_parameters,
+            world_size=self.world.size,
+            versions={
+                "opmix_dist": __version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "numpy": numpy.__version__,
+            },
+        )
+        write_record(self.run.summary_file, summary)
+        log.info("report: %s", write_report(self.run))

@@ -1,0 +1,258 @@
+"""Mixture policies: who decides, at each step boundary, what the trainers read next."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from opmix_dist.config import RunConfig
+from opmix_dist.data.catalogue import Catalogue
+from opmix_dist.distributed import World
+from opmix_dist.engines.base import Engine
+from opmix_dist.errors import UserError
+from opmix_dist.exchange import files
+from opmix_dist.exchange.rundir import RunDir, SearchDir, write_record
+from opmix_dist.exchange.schemas import MixtureRecord, SearchRequest, SearchStage
+from opmix_dist.pool.run_search import Searcher
+from opmix_dist.search.proposal import repetition_caps
+from opmix_dist.search.simplex import Components
+from opmix_dist.seeds import derive_seed
+from opmix_dist.train.state import TrainerState
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a policy may see and use."""
+
+    run: RunDir
+    config: RunConfig
+    world: World
+    engine: Engine
+    catalogue: Catalogue
+
+
+class MixturePolicy(ABC):
+    """Decides at step boundaries. What was decided once, and recorded, is replayed by a resumed run."""
+
+    def __init__(self, around: Surroundings) -> None:
+        self.around = around
+
+    def decide(self, state: TrainerState, recorded: Mapping[int, MixtureRecord]) -> MixtureRecord | None:
+        """Collective over the trainer ranks, before each step.
+
+        Returns:
+            The decision that takes effect before step ``state.step`` on every rank, or None for no decision.
+        """
+        if state.step in recorded:
+            return recorded[state.step]
+        return self._decide(state, recorded)
+
+    @abstractmethod
+    def _decide(self, state: TrainerState, recorded: Mapping[int, MixtureRecord]) -> MixtureRecord | None: ...
+
+    def close(self) -> None:  # noqa: B027  (most policies hold nothing)
+        """Called once after the last step."""
+
+
+class StaticPolicy(MixturePolicy):
+    """The initial mixture to the end."""
+
+    def _decide(self, state: TrainerState, recorded: Mapping[int, MixtureRecord]) -> MixtureRecord | None:
+        return None
+
+
+class OpMixPolicy(MixturePolicy):
+    """One search after the prefix (OP-Mix, arXiv 2605.15220, section 3): snapshot, request, wait or train
+    on, switch. A search that fails, hangs or answers nonsense leaves the mixture as it is."""
+
+    SEARCH = "0001"
+
+    def __init__(self, around: Surroundings) -> None:
+        super().__init__(around)
+        self.search: SearchDir = around.run.search(self.SEARCH)
+        self.start = around.config.search_step
+        self.pulse = Pulse(around.config.pool.heartbeat_timeout_s)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
+        self._written: Future[None] | None = None
+        self._asked = False
+
+    def _decide(self, state: TrainerState, recorded: Mapping[int, MixtureRecord]) -> MixtureRecord | None:
+        if state.step < self.start or any(r.search == self.SEARCH for r in recorded.values()):
+            return None
+        if not self._asked:
+            self._ask(state)
+        config, world = self.around.config, self.around.world
+        waits = config.search.mode == "sync"
+        while True:
+            text = world.share_text(self._look(state) if world.is_leader else None)
+            if text:
+                return MixtureRecord.model_validate_json(text)
+            if not waits:
+                return None
+            time.sleep(config.pool.poll_interval_s)
+
+    def _ask(self, state: TrainerState) -> None:
+        """Snapshot and request; the leader writes both in the background. Collective."""
+        self._asked = True
+        around = self.around
+        parameters = around.engine.full_parameters()
+        if parameters is not None:
+            self._written = self._writer.submit(self._write_request, parameters, state.model_copy(deep=True))
+        if self._inline:
+            text = around.world.share_text(self._snapshot_failure() if around.world.is_leader else None)
+            if not text:
+                Searcher(around.run, around.config, around.world).answer(self.search)
+
+    @property
+    def _inline(self) -> bool:
+        pool = self.around.config.pool
+        return pool.ranks == 0 and not pool.external
+
+    def _snapshot_failure(self) -> str:
+        assert self._written is not None
+        error = self._written.exception()
+        return "" if error is None else f"the snapshot could not be written: {error}"
+
+    def _write_request(self, parameters: dict, state: TrainerState) -> None:
+        if self.search.request_file.exists():
+            return  # a resumed run: the request stands, and its answer may be there already
+        folder = self.around.run.snapshot(state.step)
+        if not files.is_complete(folder):
+            files.remove_folder(folder)
+            self.around.engine.save_hf(parameters, folder)
+            files.mark_complete(folder, {"step": state.step, "tokens": state.tokens})
+        write_record(self.search.request_file, self._request(state))
+
+    def _request(self, state: TrainerState) -> SearchRequest:
+        config, catalogue = self.around.config, self.around.catalogue
+        current = np.array([state.weights[name] for name in catalogue.names])
+        components = Components.for_rebalance(catalogue.names, current, config.search.probes.domain_share)
+        return SearchRequest(
+            search=self.SEARCH,
+            step=state.step,
+            snapshot=str(self.around.run.snapshot(state.step).relative_to(self.around.run.path)),
+            components=list(components.names),
+            domains=list(catalogue.names),
+            composition=components.matrix.tolist(),
+            current=state.weights,
+            prior=named_mixture(config.search.proposal.prior, catalogue, state.weights),
+            caps=self._caps(state),
+            base_lr=config.optimizer.lr,
+            seed=derive_seed(config.seed, "search", self.SEARCH),
+        )
+
+    def _caps(self, state: TrainerState) -> list[float] | None:
+        """Largest shares that keep every domain within ``max_repetitions`` epochs over the whole run."""
+        config, catalogue = self.around.config, self.around.catalogue
+        if config.search.proposal.max_repetitions is None:
+            return None
+        available = catalogue.samples("train") * float(catalogue.sequence_length)
+        read = np.array([state.domain_tokens[name] for name in catalogue.names], dtype=np.float64)
+        allowed = config.search.proposal.max_repetitions
+        step_tokens = config.train.global_batch_size * catalogue.sequence_length
+        left = (config.train.steps - state.step) * step_tokens
+        return repetition_caps(np.maximum(available - read / allowed, 0.0), allowed, left).tolist()
+
+    def _look(self, state: TrainerState) -> str:
+        """On the leader: the decision as JSON, or "" while the search is under way."""
+        if self._written is not None:
+            if not self._written.done():
+                return ""
+            if failure := self._snapshot_failure():
+                return self._kept(state, failure)
+        try:
+            status = self.search.status()
+            if status is not None and status.stage is SearchStage.PROPOSED:
+                return self._proposed(state)
+        except UserError as error:  # half a file is impossible, so this is nonsense
+            return self._kept(state, str(error))
+        if status is not None and status.stage is SearchStage.FAILED:
+            return self._kept(state, status.reason)
+        silent = self.pulse.silence(status)
+        return self._kept(state, f"the pool gave no sign of life for {silent:.0f} s") if silent else ""
+
+    def _proposed(self, state: TrainerState) -> str:
+        proposal = self.search.proposal()
+        if set(proposal.weights) != set(state.weights):
+            return self._kept(state, f"{self.search.proposal_file} names other domains than the run's")
+        gain = np.mean([proposal.predicted_current[d] - proposal.predicted[d] for d in proposal.weights])
+        return self._record(
+            state,
+            weights={name: proposal.weights[name] for name in state.weights},
+            why=f"search {self.SEARCH}: predicted mean loss {gain:.4f} below staying on the mixture",
+        )
+
+    def _kept(self, state: TrainerState, reason: str) -> str:
+        log.warning("search %s failed, the mixture stays: %s", self.SEARCH, reason)
+        return self._record(state, weights=None, why=f"search {self.SEARCH} failed: {reason}")
+
+    def _record(self, state: TrainerState, *, weights: dict[str, float] | None, why: str) -> str:
+        return MixtureRecord(
+            version=state.mixture_version + (weights is not None),
+            step=state.step,
+            weights=weights or state.weights,
+            why=why,
+            search=self.SEARCH,
+            changed=weights is not None,
+            requested_step=self.start,
+        ).model_dump_json()
+
+    def close(self) -> None:
+        self._writer.shutdown(wait=True)
+
+
+class Pulse:
+    """Notices a pool that went silent. Compares contents, so that no clocks need to agree."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._last: object = self  # equal to no status
+        self._since = time.monotonic()
+
+    def silence(self, status: object) -> float:
+        """Seconds without a change of the status once they exceed the timeout, else 0."""
+        now = time.monotonic()
+        if status != self._last:
+            self._last, self._since = status, now
+        silent = now - self._since
+        return silent if silent > self.timeout_s else 0.0
+
+
+POLICIES: dict[str, type[MixturePolicy]] = {"static": StaticPolicy, "opmix": OpMixPolicy}
+
+
+def named_mixture(name: str, catalogue: Catalogue, current: Mapping[str, float]) -> dict[str, float]:
+    """``uniform``, ``natural`` (in proportion to training tokens) or ``current``, by domain."""
+    if name == "current":
+        return dict(current)
+    samples = catalogue.samples("train").astype(np.float64)
+    weights = samples / samples.sum() if name == "natural" else np.full(len(samples), 1 / len(samples))
+    return dict(zip(catalogue.names, weights.tolist(), strict=True))
+
+
+def initial_mixture(chosen: str | Mapping[str, float], catalogue: Catalogue) -> dict[str, float]:
+    """Weights by domain, in the catalogue's order; a domain that is not named gets 0.
+
+    Raises:
+        UserError: an unknown domain, a negative weight, or a sum that is not 1.
+    """
+    if isinstance(chosen, str):
+        return named_mixture(chosen, catalogue, {})
+    for name, weight in chosen.items():
+        if name not in catalogue.names:
+            raise UserError(f"mixture.initial names `{name}`, which is no domain of {catalogue.root}: "
+                            f"it has {', '.join(catalogue.names)}")  # fmt: skip
+        if not 0 <= weight <= 1:
+            raise UserError(f"mixture.initial.{name} is {weight}: a weight lies between 0 and 1")
+    total = sum(chosen.values())
+    if abs(total - 1) > 1e-6:
+        raise UserError(f"mixture.initial sums to {total:g}: weights must sum to 1")
+    return {name: float(chosen.get(name, 0.0)) for name in catalogue.names}

@@ -1,0 +1,25 @@
+"""What a trainer carries from step to step besides the engine: small, JSON, saved by every checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from opmix_dist.exchange.schemas import Mixture, PhaseCost, Record
+
+
+class TrainerState(Record):
+    step: int = Field(0, ge=0)
+    """Finished optimiser steps; the next step has this number."""
+    mixture_version: int = Field(0, ge=0)
+    weights: Mixture
+    domain_tokens: dict[str, int]
+    loader: dict[str, Any] = {}
+    costs: dict[str, PhaseCost] = {}
+    world_size: int = Field(ge=1)
+    global_batch_size: int = Field(ge=1)
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.domain_tokens.values())

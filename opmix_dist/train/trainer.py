@@ -1,0 +1,174 @@
+"""The training loop. It names no engine and no policy; see job.py for how the parts are chosen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opmix_dist.config import RunConfig
+from opmix_dist.data.catalogue import Catalogue
+from opmix_dist.data.loader import EvalSet, LoadedBatch, MixtureLoader
+from opmix_dist.distributed import World
+from opmix_dist.engines.base import Engine, StepResult
+from opmix_dist.exchange import files
+from opmix_dist.exchange.rundir import RunDir
+from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, TrainLine
+from opmix_dist.ledger import Ledger
+from opmix_dist.seeds import derive_seed
+from opmix_dist.train.callbacks import Callback
+from opmix_dist.train.checkpoint import Checkpointer
+from opmix_dist.train.policy import MixturePolicy
+from opmix_dist.train.schedule import learning_rate
+from opmix_dist.train.state import TrainerState
+
+
+@dataclass
+class Trainer:
+    """Runs the loop on every trainer rank in step.
+
+    ``recorded`` is the mixture schedule by step: what earlier attempts at this run decided, and what this
+    one decides.
+    """
+
+    run: RunDir
+    config: RunConfig
+    world: World
+    engine: Engine
+    catalogue: Catalogue
+    loader: MixtureLoader
+    heldout: EvalSet
+    policy: MixturePolicy
+    callbacks: Sequence[Callback]
+    state: TrainerState
+    recorded: dict[int, MixtureRecord]
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(self.world.size, self.state.costs)
+        self._evaluated_at = -1
+
+    def fit(self) -> EvalLine:
+        """Train to ``train.steps``. Collective over the trainer ranks; returns the last evaluation."""
+        with self._closing():
+            self._announce("on_start")
+            while self.state.step < self.config.train.steps:
+                with self.ledger.timed("mixture decision"):
+                    self._update_mixture()
+                line = self._train_step()
+                interval = self.config.train.eval_interval_steps
+                if interval and self.state.step % interval == 0:
+                    self.evaluate()
+                for callback in self.callbacks:
+                    callback.on_step(self, line)
+            last = self.evaluate()
+            for callback in self.callbacks:
+                callback.on_end(self)
+            return last
+
+    def _update_mixture(self) -> None:
+        record = self.policy.decide(self.state, self.recorded)
+        if record is None:
+            return
+        if record.step not in self.recorded:
+            self.recorded[record.step] = record
+            if self.world.is_leader:
+                files.append_jsonl(self.run.mixtures_file, record.model_dump())
+        if record.changed:
+            self.loader.set_weights(record.weights)
+        self.state.weights = record.weights
+        self.state.mixture_version = record.version
+        self._announce("on_mixture", record)
+
+    def _train_step(self) -> TrainLine:
+        start = time.perf_counter()
+        step = self.state.step
+        # Models with dropout draw from a generator that depends on step and rank only: exact after a resume.
+        torch.manual_seed(derive_seed(self.config.seed, "step", step, self.world.rank))
+        lr = learning_rate(self.config.schedule, self.config.optimizer.lr, step, self.config.train.steps)
+        batch = next(self.loader)
+        microbatches = batch.tokens.split(self.config.train.micro_batch_size)
+        result = self.engine.train_step(microbatches, lr=lr)
+        sums, counts = self._sum_by_domain(batch, result)
+        seconds = time.perf_counter() - start
+        return self._book(sums, counts, result.grad_norm, lr, seconds)
+
+    def _sum_by_domain(self, batch: LoadedBatch, result: StepResult) -> tuple[Tensor, Tensor]:
+        """Summed sample losses and number of samples per domain over the global batch, each [D]."""
+        sums = torch.zeros(2, len(self.catalogue.names), dtype=torch.float64)
+        sums[0].index_add_(0, batch.domain_ids, result.sample_losses)
+        sums[1].index_add_(0, batch.domain_ids, torch.ones_like(result.sample_losses))
+        losses, counts = self.world.sum(sums)
+        return losses, counts
+
+    def _book(self, sums: Tensor, counts: Tensor, grad_norm: float, lr: float, seconds: float) -> TrainLine:
+        """Advance the state by one step and describe it."""
+        length = self.catalogue.sequence_length
+        tokens = int(counts.sum()) * length
+        for name, count in zip(self.catalogue.names, counts.tolist(), strict=True):
+            self.state.domain_tokens[name] += int(count) * length
+        self.state.step += 1
+        per_token = self.engine.flops.train(recompute=self.config.engine.activation_checkpointing)
+        self.ledger.add("train", seconds=seconds, flops=tokens * per_token, tokens=tokens)
+        by_domain = zip(self.catalogue.names, sums.tolist(), counts.tolist(), strict=True)
+        return TrainLine(
+            step=self.state.step,
+            loss=float(sums.sum() / counts.sum()),
+            domain_loss={name: total / count for name, total, count in by_domain if count},
+            grad_norm=grad_norm,
+            lr=lr,
+            tokens=self.state.tokens,
+            tokens_per_second=tokens / seconds,
+            mixture_version=self.state.mixture_version,
+        )
+
+    def evaluate(self) -> EvalLine:
+        """Collective. Mean held-out loss per domain, always on the same samples; once for each step."""
+        if self._evaluated_at == self.state.step:
+            return self._last_evaluation
+        tokens, ids = self.heldout.tokens, self.heldout.domain_ids
+        with self.ledger.timed("held-out evaluation"):
+            losses = self.engine.evaluate(tokens, self.config.train.micro_batch_size)  # [N] float64
+        self.ledger.add(
+            "held-out evaluation", flops=tokens.numel() * self.engine.flops.forward, tokens=tokens.numel()
+        )
+        by_domain = {name: losses[ids == i] for i, name in enumerate(self.catalogue.names)}
+        line = EvalLine(
+            step=self.state.step,
+            tokens=self.state.tokens,
+            loss={name: float(part.mean()) for name, part in by_domain.items()},
+            stderr={name: _standard_error(part) for name, part in by_domain.items()},
+        )
+        self._evaluated_at, self._last_evaluation = self.state.step, line
+        self._announce("on_evaluation", line)
+        return line
+
+    def save_checkpoint(self, checkpointer: Checkpointer) -> None:
+        """Collective."""
+        self.state.loader = self.loader.state_dict()
+        self.state.costs = self.ledger.costs
+        with self.ledger.timed("checkpoints"):
+            checkpointer.save(self.engine, self.state)
+
+    def _announce(self, hook: str, *arguments: object) -> None:
+        """Call a hook that is for the leader only."""
+        if self.world.is_leader:
+            for callback in self.callbacks:
+                getattr(callback, hook)(self, *arguments)
+
+    @contextmanager
+    def _closing(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            for callback in self.callbacks:
+                callback.close()
+            self.policy.close()
+
+
+def _standard_error(losses: Tensor) -> float:
+    """Of the mean of [n] samples; 0 for a single one."""
+    return float(losses.std() / len(losses) ** 0.5) if len(losses) > 1 else 0.0
