@@ -141,7 +141,7 @@ def check_domain_name(name: str) -> str:
 def find_domains(root: Path) -> list[str]:
     """Names of the complete domains in ``root``, sorted; UserError when it is no folder."""
     if not root.is_dir():
-        raise UserError(f"data folder {root} does not exist: make it with `opmix prepare --out {root}`")
+        raise UserError(f"{root} is no folder: make it with `opmix prepare --out {root}`")
     files = root.glob(f"*/{DOMAIN_FILE}")
     return sorted(file.parent.name for file in files if _NAME.fullmatch(file.parent.name))
 
@@ -154,7 +154,7 @@ def read_domain(root: Path, name: str) -> DomainInfo:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: `{key}`: {first['msg']}; prepare the domain again") from None
+        raise UserError(f"{path}: `{key}`: {first['msg']}; delete its folder and prepare it again") from None
     if info.name != name or set(info.splits) != set(SPLITS):
         raise UserError(f"{path} describes {info.name!r} with splits {sorted(info.splits)}, not {name!r}")
     for split in SPLITS:
