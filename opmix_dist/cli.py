@@ -40,11 +40,11 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=PATH",
-        help="a folder, glob or file; repeatable",
+        help="folder, glob or file; repeatable",
     )
     prepare.add_argument("--text-field", default="text", help="JSONL field or Parquet column with the text")
     prepare.add_argument(
-        "--tokenizer", default="train", help="`train` a BPE, or an HF tokenizer's path or id"
+        "--tokenizer", default="train", help="`train` a BPE, or an HF tokenizer by path or id"
     )
     prepare.add_argument("--vocab-size", type=int, default=4096, help="of a trained tokenizer")
     prepare.add_argument("--sequence-length", type=int, default=256, help="tokens per sample")

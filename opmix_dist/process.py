@@ -13,6 +13,7 @@ from typing import IO
 
 from opmix_dist.errors import UserError
 
+log = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -44,9 +45,7 @@ def lock_run(folder: Path) -> IO[str]:
         file.seek(0)
         raise UserError(f"{folder} is in use by another run ({file.read().strip()}): stop it first") from None
     except OSError as error:
-        logging.getLogger(__name__).warning(
-            "%s cannot be locked (%s): start one job on it only", folder, error
-        )
+        log.warning("%s cannot be locked (%s): start one job on it only", folder, error)
     file.truncate(0)
     file.write(f"pid {os.getpid()} on {os.uname().nodename}\n")
     file.flush()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,8 @@ class SingleEngine(Engine):
         self.world, self.config, self.max_grad_norm = world, config, optimizer.max_grad_norm
         self.flops = count_flops(model, sequence_length)
         self.num_parameters = num_parameters(model)
-        self.model = model.to(world.device).train()
+        cast(nn.Module, model).to(world.device).train()
+        self.model = model
         self._prepare_blocks(transformer_blocks(model))
         self._shard()
         self.optimizer = torch.optim.AdamW(
@@ -130,7 +131,7 @@ class SingleEngine(Engine):
         state = get_model_state_dict(self.model, options=options)
         if not self.world.is_leader:
             return None
-        return {name: tensor.detach().clone() for name, tensor in state.items()}
+        return {name: cast(Tensor, tensor).detach().clone() for name, tensor in state.items()}
 
     def save_hf(self, parameters: dict[str, Tensor], folder: Path) -> None:
         tied = self.model._tied_weights_keys or ()

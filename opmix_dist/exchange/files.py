@@ -99,9 +99,7 @@ def is_complete(folder: Path) -> bool:
 def require_complete(folder: Path, what: str) -> Any:
     """The marker's content; UserError when the folder was never finished."""
     if not is_complete(folder):
-        raise UserError(
-            f"{what} {folder} has no {COMPLETE}: it was never finished; delete it"
-        )
+        raise UserError(f"{what} {folder} has no {COMPLETE}: it was never finished; delete it")
     return read_json(folder / COMPLETE)
 
 

@@ -122,7 +122,7 @@ class Proposal(Record):
     horizon_tokens: int
     """Training tokens that each probe read: how far ahead the prediction looks."""
     costs: dict[str, PhaseCost]
-    warnings: list[str] = []
+    warnings: list[str] = Field(default_factory=list)
 
 
 class Fit(Record):
@@ -135,7 +135,7 @@ class Fit(Record):
     r2: list[float | None]
     spearman: list[float | None]
     loo_error: list[float | None]
-    warnings: list[str] = []
+    warnings: list[str] = Field(default_factory=list)
 
 
 class TrainLine(Record):

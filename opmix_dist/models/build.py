@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -37,7 +37,7 @@ def build_model(
                 trust_remote_code=config.trust_remote_code,
             )
         )
-    rows = model.get_input_embeddings().num_embeddings
+    rows = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
     if rows < vocab_size:
         raise UserError(
             f"model.checkpoint {config.checkpoint} has {rows} embeddings but the data's tokenizer "
@@ -56,9 +56,7 @@ def _fresh(config: ModelConfig, vocab_size: int, token_ids: dict[str, int | None
     unknown = sorted(set(config.config) - set(hf.to_dict()) - {"model_type"})
     if unknown:
         raise UserError(f"model.config.{unknown[0]} is no field of a {hf.model_type} model")
-    return AutoModelForCausalLM.from_config(
-        hf, attn_implementation=config.attention, dtype=torch.float32
-    )
+    return AutoModelForCausalLM.from_config(hf, attn_implementation=config.attention, dtype=torch.float32)
 
 
 def load_hf(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +31,7 @@ from opmix_dist.ledger import Ledger
 from opmix_dist.models.build import load_snapshot
 from opmix_dist.models.flops import count_flops
 from opmix_dist.models.lora import JointAdapters
-from opmix_dist.pool.candidates import CandidateLosses, cheaper_method, evaluate_candidates
+from opmix_dist.pool.candidates import CandidateLosses, Method, cheaper_method, evaluate_candidates
 from opmix_dist.pool.errors import SearchError
 from opmix_dist.pool.probes import save_probe, train_probes
 from opmix_dist.pool.status import StatusWriter
@@ -123,7 +124,8 @@ class _Search:
             attention=self.config.model.attention,
             trust_remote_code=self.config.model.trust_remote_code,
         )
-        return model.to(self.world.device)
+        cast(torch.nn.Module, model).to(self.world.device)
+        return model
 
     def _probe(self) -> None:
         """Train the probes that are not on disk yet, this rank its share of them."""
@@ -212,7 +214,7 @@ class _Search:
             on_progress=self.status.advance,
         )
 
-    def _method(self) -> str:
+    def _method(self) -> Method:
         chosen = self.config.search.candidates.method
         if chosen != "auto":
             return chosen

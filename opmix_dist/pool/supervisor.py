@@ -136,8 +136,6 @@ def run_pool(run_dir: Path) -> None:
         time.sleep(2.0)
     config = run.config()
     if not config.pool.external:
-        raise UserError(
-            f"{run.config_file} does not set pool.external: its pool is inside the trainers' launch"
-        )
+        raise UserError(f"{run.config_file} does not set pool.external: its pool is in its own launch")
     config = config.model_copy(update={"run_dir": str(run_dir)})
     Supervisor(run, config, Placement(Role.POOL, rank, size)).supervise()

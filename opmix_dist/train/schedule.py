@@ -10,9 +10,9 @@ from opmix_dist.config import ScheduleConfig
 def learning_rate(config: ScheduleConfig, peak: float, step: int, steps: int) -> float:
     """Learning rate of ``step`` (from 0) in a run of ``steps``.
 
-    Linear warm-up reaches the peak at step ``warmup_steps``. Then: ``constant`` stays; ``cosine`` falls along
-    half a period to ``min_lr_ratio * peak``; ``wsd`` (warm-up, stable, decay: MiniCPM, arXiv 2404.06395) stays
-    until the last ``decay_fraction`` of the steps and falls linearly to ``min_lr_ratio * peak``.
+    Linear warm-up reaches the peak at step ``warmup_steps``. Then ``constant`` stays; ``cosine`` falls along
+    half a period to ``min_lr_ratio * peak``; ``wsd`` (warm-up, stable, decay: MiniCPM, arXiv 2404.06395)
+    stays until the last ``decay_fraction`` of the steps and falls linearly to ``min_lr_ratio * peak``.
     """
     if step < config.warmup_steps:
         return peak * (step + 1) / (config.warmup_steps + 1)

@@ -15,8 +15,8 @@ class TrainerState(Record):
     mixture_version: int = Field(0, ge=0)
     weights: Mixture
     domain_tokens: dict[str, int]
-    loader: dict[str, Any] = {}
-    costs: dict[str, PhaseCost] = {}
+    loader: dict[str, Any] = Field(default_factory=dict)
+    costs: dict[str, PhaseCost] = Field(default_factory=dict)
     world_size: int = Field(ge=1)
     global_batch_size: int = Field(ge=1)
 

@@ -49,7 +49,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.world.size, self.state.costs)
-        self._evaluated_at = -1
+        self._last_evaluation: EvalLine | None = None
 
     def fit(self) -> EvalLine:
         """Train to ``train.steps``. Collective over the trainer ranks; returns the last evaluation."""
@@ -127,7 +127,7 @@ class Trainer:
 
     def evaluate(self) -> EvalLine:
         """Collective. Mean held-out loss per domain, always on the same samples; once for each step."""
-        if self._evaluated_at == self.state.step:
+        if self._last_evaluation is not None and self._last_evaluation.step == self.state.step:
             return self._last_evaluation
         tokens, ids = self.heldout.tokens, self.heldout.domain_ids
         with self.ledger.timed("held-out evaluation"):
@@ -142,7 +142,7 @@ class Trainer:
             loss={name: float(part.mean()) for name, part in by_domain.items()},
             stderr={name: _standard_error(part) for name, part in by_domain.items()},
         )
-        self._evaluated_at, self._last_evaluation = self.state.step, line
+        self._last_evaluation = line
         self._announce("on_evaluation", line)
         return line
 
