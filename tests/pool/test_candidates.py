@@ -1,0 +1,84 @@
+"""Candidate evaluation: low-rank and merged agree with deltas merged by hand in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from opmix_dist.models.flops import count_flops
+from opmix_dist.models.lora import JointAdapters
+from opmix_dist.pool.candidates import cheaper_method, evaluate_candidates
+from tests.helpers import random_tokens, tiny_llama
+
+RANK, ALPHA, LENGTH = 4, 8, 16
+TOKENS = random_tokens(3, 7, LENGTH)
+DOMAINS = torch.tensor([0, 0, 0, 1, 1, 1, 1])
+U = np.array([[0.2, 0.5, 0.3], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.1, 0.1, 0.8], [0.6, 0.4, 0.0]])
+
+
+@pytest.fixture
+def adapters() -> JointAdapters:
+    """Random adapters whose deltas change the losses clearly."""
+    found = JointAdapters(tiny_llama(), ["old", "a", "b"], rank=RANK, alpha=ALPHA, seeds=[0, 1, 2])
+    generator = torch.Generator().manual_seed(4)
+    for layer in found.layers.values():
+        layer.B.data.normal_(0, 0.3, generator=generator)
+    return found
+
+
+def in_float64(adapters: JointAdapters, u: np.ndarray) -> np.ndarray:
+    """Mean loss per sample of a float64 copy of the base with W + s * sum_c u_c B_c A_c written into it."""
+    model = copy.deepcopy(tiny_llama()).double().eval()
+    for name, layer in adapters.layers.items():
+        delta = sum(u[k] * layer.B[k].double() @ layer.A[k].double() for k in range(len(u)))
+        model.get_submodule(name).weight.data += (ALPHA / RANK) * delta
+    with torch.no_grad():
+        logits = model(input_ids=TOKENS).logits
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), TOKENS[:, 1:], reduction="none")
+    return losses.mean(dim=1).numpy()
+
+
+@pytest.mark.parametrize(("method", "joint"), [("lowrank", 1), ("lowrank", 2), ("lowrank", 64), ("merge", 1)])
+@pytest.mark.parametrize("batch_size", [2, 16])
+def test_equals_merging_in_float64(adapters: JointAdapters, method, joint: int, batch_size: int) -> None:  # type: ignore[no-untyped-def]
+    ticks: list[int] = []
+    found = evaluate_candidates(
+        adapters, U, TOKENS, DOMAINS, 2, method=method, joint=joint, batch_size=batch_size,
+        on_progress=lambda: ticks.append(1),
+    )  # fmt: skip
+    expected = np.stack([in_float64(adapters, u) for u in U])
+    assert np.ptp(expected.mean(axis=1)) > 1e-2, "the candidates do not differ: the test shows nothing"
+    np.testing.assert_allclose(found.loss[:, 0], expected[:, :3].mean(axis=1), rtol=2e-6)
+    np.testing.assert_allclose(found.loss[:, 1], expected[:, 3:].mean(axis=1), rtol=2e-6)
+    stderr = expected[:, 3:].std(axis=1, ddof=1) / 2.0
+    np.testing.assert_allclose(found.stderr[:, 1], stderr, rtol=1e-4)
+    assert found.tokens.tolist() == [3 * (LENGTH - 1), 4 * (LENGTH - 1)]
+    assert len(ticks) == len(U)
+
+
+def test_a_wrong_coefficient_is_seen(adapters: JointAdapters) -> None:
+    """The tolerance above is tight enough: a coefficient that is off by 1e-3 fails it."""
+    arguments = {"method": "merge", "batch_size": 16}
+    right = evaluate_candidates(adapters, U[:1], TOKENS, DOMAINS, 2, **arguments)  # type: ignore[arg-type]
+    wrong = evaluate_candidates(adapters, U[:1] + [1e-3, 0, 0], TOKENS, DOMAINS, 2, **arguments)  # type: ignore[arg-type]
+    assert np.abs(right.loss / wrong.loss - 1).max() > 2e-6
+
+
+def test_no_candidates_give_empty_losses(adapters: JointAdapters) -> None:
+    """A rank may have no share of the candidates."""
+    for method in ("lowrank", "merge"):
+        found = evaluate_candidates(
+            adapters, np.zeros((0, 3)), TOKENS, DOMAINS, 2, method=method, batch_size=4  # type: ignore[arg-type]
+        )  # fmt: skip
+        assert found.loss.shape == (0, 2)
+
+
+def test_cheaper_method_crosses_over_where_the_flops_do() -> None:
+    counts = count_flops(tiny_llama(), LENGTH, lora_rank=RANK)
+    tokens = counts.merge_per_adapter / counts.lora_per_adapter
+    assert cheaper_method(counts, 3, int(tokens) - 1) == "lowrank"
+    assert cheaper_method(counts, 3, int(tokens) + 2) == "merge"
