@@ -64,7 +64,7 @@ def test_a_wrong_coefficient_is_seen(adapters: JointAdapters) -> None:
     """The tolerance above is tight enough: a coefficient that is off by 1e-3 fails it."""
     arguments = {"method": "merge", "batch_size": 16}
     right = evaluate_candidates(adapters, U[:1], TOKENS, DOMAINS, 2, **arguments)  # type: ignore[arg-type]
-    wrong = evaluate_candidates(adapters, U[:1] + [1e-3, 0, 0], TOKENS, DOMAINS, 2, **arguments)  # type: ignore[arg-type]
+    wrong = evaluate_candidates(adapters, U[:1] + np.array([1e-3, 0, 0]), TOKENS, DOMAINS, 2, **arguments)  # type: ignore[arg-type]
     assert np.abs(right.loss / wrong.loss - 1).max() > 2e-6
 
 
