@@ -1,19 +1,24 @@
-"""Access to MDS shards through mosaicml-streaming."""
+"""Random access to the MDS shards of one split of one domain.
+
+StreamingDataset is not used: its constructor makes collectives and shared memory, and refuses a folder that
+another live process reads, while here trainers and pool read the same shards. Its parts, Stream (download,
+decompress) and the MDS reader, do the work.
+"""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import sys
-import types
+from types import ModuleType
 
 
-def import_streaming() -> types.ModuleType:
-    """Import mosaicml-streaming, also where torchvision is absent.
+def import_streaming() -> ModuleType:
+    """The ``streaming`` package, also where torchvision is not installed.
 
-    Its package imports ``streaming.vision``, which needs torchvision; a CUDA build of that cannot be loaded
-    beside a CPU build of torch. An empty module of that name stands in.
+    Only ``streaming.vision``, which nothing here uses, needs torchvision; an empty module takes its place.
     """
     if importlib.util.find_spec("torchvision") is None:
-        sys.modules.setdefault("streaming.vision", types.ModuleType("streaming.vision"))
-    return importlib.import_module("streaming")
+        sys.modules.setdefault("streaming.vision", ModuleType("streaming.vision"))
+    import streaming
+
+    return streaming
