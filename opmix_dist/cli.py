@@ -49,9 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--vocab-size", type=int, default=4096, help="of a trained tokenizer")
     prepare.add_argument("--sequence-length", type=int, default=256, help="tokens per sample")
     prepare.add_argument("--eval-fraction", type=float, default=0.05, help="share of held-out documents")
-    prepare.add_argument("--max-bytes", type=int, default=None, help="cap on a built-in domain's bytes")
-    prepare.add_argument("--seed", type=int, default=0)
-    prepare.add_argument("--workers", type=int, default=None, help="tokenising processes; default: all cores")
+    prepare.add_argument("--max-eval-documents", type=int, help="bound on each domain's held-out documents")
+    prepare.add_argument("--builtin-max-bytes", type=int, help="text in each built-in domain, bytes")
+    prepare.add_argument("--seed", type=int, default=0, help="of the split and of the built-in choice")
+    prepare.add_argument("--workers", type=int, help="tokenising processes; default: all cores")
     prepare.add_argument("--overwrite", action="store_true", help="replace domains made with other settings")
     prepare.set_defaults(run=_prepare)
 
@@ -80,9 +81,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _prepare(arguments: argparse.Namespace, rest: list[str]) -> None:
-    from opmix_dist.data.ingest import prepare_from_arguments
+    from opmix_dist.data.ingest import PrepareConfig, prepare
 
-    prepare_from_arguments(arguments)
+    domains: dict[str, list[str]] = {}
+    for text in arguments.domain:
+        name, equals, path = text.partition("=")
+        if not equals:
+            raise UserError(f"--domain {text} must be NAME=PATH")
+        domains.setdefault(name, []).append(path)
+    names = ("out", "builtin", "tokenizer", "vocab_size", "sequence_length", "eval_fraction")
+    names += ("max_eval_documents", "builtin_max_bytes", "text_field", "seed", "workers", "overwrite")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    prepare(PrepareConfig(domains=domains, **given))
 
 
 def _train(arguments: argparse.Namespace, rest: list[str]) -> None:

@@ -1,0 +1,124 @@
+"""What the ranks of test_engines.py do: ``python -m tests.engines.ranks NAME ARGUMENTS`` under torchrun."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from opmix_dist.config import CheckpointConfig, EngineConfig, OptimizerConfig
+from opmix_dist.distributed import Placement, World
+from opmix_dist.engines.base import Engine
+from opmix_dist.engines.fsdp import FSDPEngine
+from opmix_dist.engines.single import SingleEngine
+from opmix_dist.exchange.rundir import RunDir
+from opmix_dist.train.checkpoint import Checkpointer
+from opmix_dist.train.state import TrainerState
+from tests.helpers import random_tokens, tiny_llama
+
+BATCH, MICRO, LENGTH, LR = 12, 2, 16, 1e-2
+
+
+def build(world: World, **config: object) -> Engine:
+    kind = SingleEngine if world.size == 1 and not config.pop("sharded", False) else FSDPEngine
+    return kind(
+        tiny_llama(tied=True),
+        world,
+        config=EngineConfig(**config),  # type: ignore[arg-type]
+        optimizer=OptimizerConfig(lr=LR),  # type: ignore[call-arg]
+        sequence_length=LENGTH,
+    )
+
+
+def train(engine: Engine, first: int, last: int) -> list[list[float]]:
+    """[mean loss over the global batch, gradient norm] of steps ``first`` to ``last``."""
+    curve = []
+    share = BATCH // engine.world.size
+    for step in range(first, last):
+        batch = random_tokens(step, BATCH, LENGTH)
+        mine = batch[engine.world.rank * share : (engine.world.rank + 1) * share]
+        result = engine.train_step(mine.split(MICRO), lr=LR)
+        total = engine.world.sum(result.sample_losses.sum())
+        curve.append([total.item() / BATCH, result.grad_norm])
+    return curve
+
+
+def curve(world: World, out: Path, options: str) -> None:
+    """Train eight steps, evaluate, export; the leader writes curve.json."""
+    engine = build(world, **json.loads(options))
+    steps = train(engine, 0, 8)
+    losses = engine.evaluate(random_tokens(99, 7, LENGTH), batch_size=2)
+    parameters = engine.full_parameters()
+    if parameters is not None:
+        engine.save_hf(parameters, out / "hf")
+        (out / "curve.json").write_text(json.dumps({"steps": steps, "evaluation": losses.tolist()}))
+
+
+def save(world: World, out: Path, asynchronous: str) -> None:
+    """Four steps, a checkpoint, four more."""
+    engine, checkpointer, state = with_checkpoints(world, out, asynchronous == "async")
+    train(engine, 0, 4)
+    state.step = 4
+    checkpointer.save(engine, state)
+    rest = train(engine, 4, 8)
+    checkpointer.wait()
+    report(world, out / f"saved_{world.size}.json", rest)
+
+
+def resume(world: World, out: Path, _: str) -> None:
+    """The same four steps from the checkpoint, on whatever number of ranks."""
+    engine, checkpointer, _state = with_checkpoints(world, out, True)
+    newest = checkpointer.newest()
+    assert newest == 4
+    state = checkpointer.load(engine, newest)
+    report(world, out / f"resumed_{world.size}.json", train(engine, state.step, 8))
+
+
+def non_finite(world: World, out: Path, _: str) -> None:
+    """One rank meets a NaN: all ranks raise, and none has changed its parameters."""
+    engine = build(world)
+    before = engine.full_parameters()
+    tokens = random_tokens(0, BATCH // world.size, LENGTH)
+    message = ""
+    try:
+        weights = engine.model.model.norm.weight  # type: ignore[attr-defined]
+        local = getattr(weights, "to_local", lambda: weights)()
+        if world.rank == 0:
+            local.data.view(-1)[0] = float("nan")
+        engine.train_step(tokens.split(MICRO), lr=LR)
+    except Exception as error:
+        message = type(error).__name__
+    after = engine.full_parameters()
+    moved = before is not None and any(
+        not torch.equal(before[n], after[n])
+        for n in before
+        if n != "model.norm.weight"  # type: ignore[index]
+    )
+    (out / f"raised_{world.rank}.json").write_text(json.dumps({"error": message, "moved": moved}))
+
+
+def with_checkpoints(
+    world: World, out: Path, asynchronous: bool
+) -> tuple[Engine, Checkpointer, TrainerState]:
+    config = CheckpointConfig(asynchronous=asynchronous)  # type: ignore[call-arg]
+    checkpointer = Checkpointer(RunDir(out), config, world)
+    state = TrainerState(
+        weights={"a": 1.0}, domain_tokens={"a": 0}, world_size=world.size, global_batch_size=BATCH
+    )
+    return build(world), checkpointer, state
+
+
+def report(world: World, path: Path, curve: list[list[float]]) -> None:
+    if world.is_leader:
+        path.write_text(json.dumps(curve))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    joined = World.join(Placement.from_environment(pool_ranks=0), device="cpu", timeout_s=60)
+    {"curve": curve, "save": save, "resume": resume, "non_finite": non_finite}[sys.argv[1]](
+        joined, Path(sys.argv[2]), sys.argv[3]
+    )
+    joined.leave()
