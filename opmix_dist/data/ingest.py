@@ -41,7 +41,14 @@ from opmix_dist.data.catalogue import (
 from opmix_dist.data.progress import Advance, Report
 from opmix_dist.data.sources import FileSource, Source
 from opmix_dist.data.survey import Survey, survey
-from opmix_dist.data.tokenizer import MIN_VOCAB_SIZE, Encoder, load_tokenizer, train_tokenizer, vocab_size
+from opmix_dist.data.tokenizer import (
+    MIN_VOCAB_SIZE,
+    Encoder,
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+    vocab_size,
+)
 from opmix_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -113,8 +120,8 @@ _LEAST = {"builtin_max_bytes": 1, "vocab_size": MIN_VOCAB_SIZE, "sequence_length
 def prepare(config: PrepareConfig, console: Console | None = None) -> Catalogue:
     """Write the domains of ``config`` and return their catalogue.
 
-    Finished domains with the same settings are kept. A script calls it under
-    ``if __name__ == "__main__"``: it spawns processes, which import the script.
+    Finished domains with the same settings are kept, and with them the folder's tokenizer. A script calls
+    it under ``if __name__ == "__main__"``: it spawns processes, which import the script.
 
     Args:
         config: what to prepare.
@@ -132,7 +139,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> Catalogue:
             report.say(f"{name}: already prepared")
         if todo:
             surveys = _survey_all(config, sources, report)
-            tokenizer = _settle_tokenizer(config, sources, surveys, report, keep=bool(kept))
+            tokenizer = _settle_tokenizer(config, sources, surveys, report, kept)
             jobs = [_Job(name, sources[name], surveys[name], settings[name]) for name in todo]
             _write_all(config, jobs, tokenizer, report)
     return Catalogue.open(root, list(sources))
@@ -212,21 +219,19 @@ def _settle_tokenizer(
     sources: Mapping[str, Source],
     surveys: Mapping[str, Survey],
     report: Report,
-    *,
-    keep: bool,
+    kept: Sequence[str],
 ) -> PreTrainedTokenizerFast:
-    """Train or load a tokenizer into the folder; ``keep`` its own, as domains that stay were made with it."""
-    folder = Path(config.out) / TOKENIZER
-    if keep:
-        return load_tokenizer(str(folder))
+    """Train or load a tokenizer into the folder, unless domains are ``kept`` that were made with its own."""
+    if kept:
+        return Catalogue.open(config.out, kept).load_tokenizer()
     if config.tokenizer == TRAIN_TOKENIZER:
         texts = (text for name, source in sources.items() for text in surveys[name].train(source.documents()))
         with report.stage("tokenizer: train") as advance:
             tokenizer = train_tokenizer(_counted(texts, advance), config.vocab_size)
     else:
         tokenizer = load_tokenizer(config.tokenizer)
-    with published(folder) as temporary:
-        tokenizer.save_pretrained(temporary)
+    with published(Path(config.out) / TOKENIZER) as temporary:
+        save_tokenizer(tokenizer, temporary)
     return tokenizer
 
 

@@ -63,7 +63,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers raises what it stumbles on, AttributeError among others
         reason = " ".join(str(error).split())
         raise UserError(f"cannot load the tokenizer {source}: {reason}") from None
     if not tokenizer.is_fast:
@@ -71,6 +71,16 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {source} has no EOS token, which ends every document: set eos_token")
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save in the Hugging Face format; OSError when a file cannot be written."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # the tokenizers library raises no narrower one, for a full disk too
+        raise OSError(str(error)) from error
 
 
 def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
