@@ -125,7 +125,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> Catalogue:
 
     Args:
         config: what to prepare.
-        console: where progress goes; standard error by default. Bars on a terminal, lines elsewhere.
+        console: where progress goes; standard error by default. Bars on a terminal only.
 
     Raises:
         UserError: a source that cannot be read, a finished domain with other settings, a domain too small

@@ -1,4 +1,4 @@
-"""What a user sees of the ingest: bars on a terminal, one line per stage elsewhere."""
+"""What a user sees of the ingest: one line per stage, and on a terminal a bar while it runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Report:
 
     @contextmanager
     def stage(self, title: str, total: int | None = None) -> Iterator[Advance]:
-        """A bar for ``total`` documents; yields the function that moves it."""
+        """A bar for ``total`` documents, then a line; yields the function that moves the bar."""
         task = self._bars.add_task(title, total=total, rate="")
         began = time.monotonic()
         documents = tokens = 0
@@ -58,6 +58,6 @@ class Report:
             self._bars.update(task, completed=documents, rate=rate())
 
         yield advance
-        if not self._console.is_terminal:
-            seconds = time.monotonic() - began
-            self.say(f"{title}: {documents:,} documents in {seconds:.1f} s {rate()}".rstrip())
+        self._bars.remove_task(task)
+        seconds = time.monotonic() - began
+        self.say(f"{title}: {documents:,} documents in {seconds:.1f} s {rate()}".rstrip())
