@@ -1,0 +1,221 @@
+"""Whole jobs: the algorithm from end to end, kills and resumes, pools that die. Real ranks over gloo."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from opmix_dist.data.catalogue import Catalogue
+from opmix_dist.data.loader import eval_batches
+from opmix_dist.exchange import files
+from opmix_dist.exchange.rundir import RunDir
+from opmix_dist.exchange.schemas import SearchStage
+from opmix_dist.models.loss import mean_losses_per_sample
+from tests.conftest import DOMAINS
+from tests.train.jobs import BATCH, LENGTH, SEARCH_STEP, STEPS, Job, complete, tiny_config
+
+pytestmark = pytest.mark.launch
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """Two trainer ranks and a pool rank, uninterrupted: what other tests compare with."""
+    return complete(tiny_config(tiny_data, tmp_path_factory.mktemp("finished") / "run"), ranks=3)
+
+
+def curve(run: RunDir) -> list[tuple]:
+    """Everything of the training log that must not depend on an interruption."""
+    return [
+        (line.step, line.loss, line.grad_norm, line.lr, line.domain_loss, line.mixture_version)
+        for line in run.train_lines()
+    ]
+
+
+def schedule(run: RunDir) -> list[tuple]:
+    return [(r.version, r.step, r.weights, r.changed) for r in run.mixtures()]
+
+
+def test_every_phase_leaves_what_the_next_needs(finished: RunDir) -> None:
+    search = finished.search("0001")
+    assert search.status().stage is SearchStage.PROPOSED  # type: ignore[union-attr]
+    proposal, fit, request = search.proposal(), search.fit(), search.request()
+    assert request.components == ["old", *DOMAINS]
+    assert np.array(request.composition)[1] == pytest.approx([0.9 + 0.1 / 3, 0.1 / 3, 0.1 / 3])
+    u = np.array([proposal.coefficients[name] for name in request.components])
+    assert u @ np.array(request.composition) == pytest.approx(list(proposal.weights.values()), abs=1e-6)
+    law = np.exp(fit.log_c) + np.exp(np.array(fit.t) @ u)
+    assert law == pytest.approx([proposal.predicted[d] for d in fit.domains], rel=1e-6)
+    records = finished.mixtures()
+    assert [(r.version, r.step) for r in records] == [(0, 0), (1, SEARCH_STEP)]
+    assert records[1].weights == proposal.weights
+    assert set(proposal.costs) >= {"probes", "evaluation", "fit"}
+    summary = finished.summary()
+    assert summary.tokens == STEPS * BATCH * LENGTH == sum(summary.domain_tokens.values())
+    assert set(summary.costs) >= {"train", "held-out evaluation", "mixture decision", "checkpoints"}
+    assert finished.report_file.stat().st_size > 10_000
+    assert finished.complete_checkpoints() == [STEPS - 1, STEPS], "the newest two are kept"
+
+
+def test_what_was_read_follows_the_mixture(finished: RunDir) -> None:
+    summary, (first, second) = finished.summary(), finished.mixtures()
+    for name in DOMAINS:
+        target = SEARCH_STEP * first.weights[name] + (STEPS - SEARCH_STEP) * second.weights[name]
+        assert abs(summary.domain_tokens[name] / LENGTH - target * BATCH) <= 1
+
+
+def test_candidates_are_a_row_each_and_paired(finished: RunDir) -> None:
+    table = pq.read_table(finished.search("0001").candidates_file).to_pylist()
+    kinds = [row["kind"] for row in table]
+    assert (kinds.count("candidate"), kinds.count("snapshot"), kinds.count("proposal")) == (36, 3, 3)
+    assert all(
+        sum(row[f"x_{d}"] for d in DOMAINS) == pytest.approx(1) for row in table if row["candidate"] >= 0
+    )
+    by_domain = {row["domain"]: row["loss"] for row in table if row["kind"] == "proposal"}
+    assert by_domain == finished.search("0001").proposal().simulated
+
+
+def test_probes_load_with_peft_and_learned_their_component(finished: RunDir, tiny_data: Path) -> None:
+    request = finished.search("0001").request()
+    heldout = eval_batches(Catalogue.open(tiny_data, DOMAINS), samples_per_domain=4, seed=0)
+    snapshot = finished.path / request.snapshot
+    base = mean_losses_per_sample(AutoModelForCausalLM.from_pretrained(snapshot).eval(), heldout.tokens, 4)
+    for index, name in enumerate(DOMAINS):
+        probe = finished.search("0001").probe(name)
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(snapshot), str(probe)).eval()
+        rows = heldout.domain_ids == index
+        assert mean_losses_per_sample(model, heldout.tokens[rows], 4).mean() < base[rows].mean()
+
+
+def test_export_loads_with_transformers_and_scores_the_reported_loss(
+    finished: RunDir, tiny_data: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(finished.export).eval()
+    catalogue = Catalogue.open(tiny_data, DOMAINS)
+    heldout = eval_batches(catalogue, samples_per_domain=4, seed=0)
+    losses = mean_losses_per_sample(model, heldout.tokens, 4)
+    for index, name in enumerate(DOMAINS):
+        expected = finished.summary().final_loss[name]
+        assert losses[heldout.domain_ids == index].mean().item() == pytest.approx(expected, rel=1e-5)
+    text = "import os\n"
+    tokenizer = AutoTokenizer.from_pretrained(finished.export)
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def in_search(job: Job) -> bool:
+    return job.run.search("0001").status_file.exists()
+
+
+@pytest.mark.parametrize(
+    ("moment", "reached"),
+    [
+        ("before the first checkpoint", lambda job: job.steps_done() >= 1),
+        ("during the search", in_search),
+        ("after the switch", lambda job: job.steps_done() >= STEPS - 5),
+    ],
+)
+def test_kill_9_and_resume_equal_an_uninterrupted_run(
+    finished: RunDir, tiny_data: Path, tmp_path: Path, moment: str, reached
+) -> None:  # type: ignore[no-untyped-def]
+    config = tiny_config(tiny_data, tmp_path / "run")
+    job = Job(config, ranks=3)
+    job.wait_until(lambda: reached(job), moment)
+    job.kill()
+    assert not job.run.summary_file.exists(), "the kill came too late"
+    run = complete(config, ranks=3)
+    assert curve(run) == curve(finished)
+    assert schedule(run) == schedule(finished)
+    assert run.eval_lines() == finished.eval_lines()
+    assert run.summary().domain_tokens == finished.summary().domain_tokens
+
+
+def test_a_killed_pool_worker_is_started_again_and_the_search_succeeds(
+    finished: RunDir, tiny_data: Path, tmp_path: Path
+) -> None:
+    job = Job(tiny_config(tiny_data, tmp_path / "run"), ranks=3)
+    job.wait_until(lambda: in_search(job) and bool(job.pool_workers()), "a worker that searches")
+    (first,) = job.pool_workers()
+    os.kill(first, signal.SIGKILL)
+    assert job.finish() == 0, job.log()
+    assert "ended with code -9" in job.log_file.read_text()
+    assert schedule(job.run) == schedule(finished)
+
+
+def test_a_pool_that_keeps_dying_leaves_training_on_the_old_mixture(tiny_data: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_data, tmp_path / "run", pool={"max_restarts": 0})
+    config["search"]["probes"]["steps"] = 100_000  # so that the kill comes in the middle
+    job = Job(config, ranks=3)
+    job.wait_until(lambda: in_search(job) and bool(job.pool_workers()), "a worker that searches")
+    os.kill(job.pool_workers()[0], signal.SIGKILL)
+    assert job.finish() == 0, job.log()
+    first, second = job.run.mixtures()
+    assert (second.changed, second.version, second.weights) == (False, 0, first.weights)
+    assert "died 1 time(s), last with exit code -9" in second.why
+    assert job.steps_done() == STEPS
+    assert job.run.search("0001").status().stage is SearchStage.FAILED  # type: ignore[union-attr]
+
+
+def test_a_nan_probe_fails_the_search_by_name_and_training_goes_on(tiny_data: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_data, tmp_path / "run")
+    config["search"]["probes"]["lr_multiplier"] = 1e30
+    run = complete(config, ranks=3)
+    _, second = run.mixtures()
+    assert not second.changed
+    assert "probe `" in second.why
+    assert "loss nan" in second.why
+    assert run.summary().steps == STEPS
+    assert run.report_file.exists()
+
+
+def test_an_external_pool_that_goes_silent_is_given_up(tiny_data: Path, tmp_path: Path) -> None:
+    """No pool is ever started: the heartbeat alone must notice."""
+    config = tiny_config(
+        tiny_data, tmp_path / "run", pool={"ranks": 0, "external": True, "heartbeat_timeout_s": 3.0}
+    )
+    run = complete(config, ranks=2)
+    assert "no sign of life for 3 s" in run.mixtures()[1].why
+    assert run.summary().steps == STEPS
+
+
+def test_inline_search_on_one_process_agrees_with_the_pool(
+    finished: RunDir, tiny_data: Path, tmp_path: Path
+) -> None:
+    run = complete(tiny_config(tiny_data, tmp_path / "run", pool={"ranks": 0}), ranks=1)
+    ours, theirs = run.search("0001").proposal(), finished.search("0001").proposal()
+    for name in DOMAINS:
+        assert ours.weights[name] == pytest.approx(theirs.weights[name], abs=0.01)
+        assert ours.simulated[name] == pytest.approx(theirs.simulated[name], rel=1e-3)
+
+
+def test_training_goes_on_during_an_asynchronous_search(tiny_data: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_data, tmp_path / "run")
+    config["search"]["mode"] = "async"
+    config["train"]["steps"] = 400
+    config["search"]["start_fraction"] = SEARCH_STEP / 400
+    config["checkpoint"]["interval_steps"] = 0
+    run = complete(config, ranks=3)
+    _, second = run.mixtures()
+    assert second.changed
+    assert (second.requested_step, run.search("0001").request().step) == (SEARCH_STEP, SEARCH_STEP)
+    assert SEARCH_STEP < second.step < 400
+    switched = {line.mixture_version for line in run.train_lines() if line.step > second.step}
+    assert switched == {1}
+
+
+def test_resuming_a_finished_run_does_nothing_and_other_settings_are_refused(
+    finished: RunDir, tiny_data: Path
+) -> None:
+    before = finished.train_file.read_bytes()
+    config = tiny_config(tiny_data, finished.path)
+    assert complete(config, ranks=3).train_file.read_bytes() == before
+    job = Job(config, ranks=3, overrides=("--optimizer.lr=1", "--seed=5"))
+    assert job.finish() != 0
+    assert "started with other settings (seed, optimizer.lr)" in job.log()
+    assert finished.train_file.read_bytes() == before
+    assert files.is_complete(finished.export)
