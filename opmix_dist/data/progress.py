@@ -26,6 +26,7 @@ class Report:
             TextColumn("documents {task.fields[rate]}"),
             TimeElapsedColumn(),
             console=console,
+            transient=True,
             disable=not console.is_terminal,
         )
 
@@ -59,5 +60,6 @@ class Report:
 
         yield advance
         self._bars.remove_task(task)
+        self._bars.refresh()
         seconds = time.monotonic() - began
         self.say(f"{title}: {documents:,} documents in {seconds:.1f} s {rate()}".rstrip())
