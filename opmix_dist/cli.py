@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,8 +90,7 @@ def _prepare(arguments: argparse.Namespace, rest: list[str]) -> None:
         if not equals:
             raise UserError(f"--domain {text} must be NAME=PATH")
         domains.setdefault(name, []).append(path)
-    names = ("out", "builtin", "tokenizer", "vocab_size", "sequence_length", "eval_fraction")
-    names += ("max_eval_documents", "builtin_max_bytes", "text_field", "seed", "workers", "overwrite")
+    names = {field.name for field in dataclasses.fields(PrepareConfig)} - {"domains"}
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     prepare(PrepareConfig(domains=domains, **given))
 
@@ -122,10 +122,12 @@ def _report(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _compare(arguments: argparse.Namespace, rest: list[str]) -> None:
-    from opmix_dist.exchange.rundir import RunDir
-    from opmix_dist.report.tables import print_comparison
+    from rich import print
 
-    print_comparison([(path.name, RunDir(path)) for path in arguments.run_dirs])
+    from opmix_dist.exchange.rundir import RunDir
+    from opmix_dist.report.tables import comparison_table
+
+    print(comparison_table([(path.name, RunDir(path)) for path in arguments.run_dirs]))
 
 
 if __name__ == "__main__":

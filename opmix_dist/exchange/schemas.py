@@ -118,7 +118,8 @@ class Proposal(Record):
     predicted_current: dict[Name, Finite]
     """Loss per domain that the laws predict for staying on the current mixture."""
     objective: Finite
-    kl: Finite
+    kl: Finite | None
+    """KL(x || prior); None where it is infinite (a prior of 0 and no KL term)."""
     horizon_tokens: int
     """Training tokens that each probe read: how far ahead the prediction looks."""
     costs: dict[str, PhaseCost]

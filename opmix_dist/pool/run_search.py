@@ -244,6 +244,7 @@ class _Search:
             huber_delta=settings.law.huber_delta,
             num_starts=settings.law.num_starts,
             seed=derive_seed(request.seed, "law"),
+            domains=request.domains,
         )
         omega = settings.proposal.omega
         self.solution: Solution = propose(
@@ -328,7 +329,7 @@ class _Search:
             snapshot=by_domain(base.loss[0]),
             predicted_current=by_domain(self.fit.law.predict(stay[None])[0]),
             objective=float(solution.objective),
-            kl=float(solution.kl_divergence),
+            kl=_finite(np.array([solution.kl_divergence]))[0],
             horizon_tokens=self._probe_tokens(),
             costs=self.ledger.costs,
             warnings=list(self.fit.warnings),

@@ -26,6 +26,7 @@ from opmix_dist.models.build import build_model
 from opmix_dist.pool.supervisor import Supervisor
 from opmix_dist.process import die_with_parent, lock_run
 from opmix_dist.report.html import write_report
+from opmix_dist.search.simplex import OLD
 from opmix_dist.seeds import derive_seed
 from opmix_dist.train.callbacks import (
     Callback,
@@ -74,6 +75,10 @@ def check_config_against(config: RunConfig, catalogue: Catalogue, placement: Pla
         raise UserError(
             f"train.global_batch_size {config.train.global_batch_size} must be a multiple of "
             f"train.micro_batch_size x trainer ranks = {config.train.micro_batch_size} x {placement.size}"
+        )
+    if config.mixture.policy == "opmix" and OLD in catalogue.names:
+        raise UserError(
+            f"a domain cannot be named `{OLD}`: it is the component of what was trained on so far"
         )
     for name in config.search.proposal.omega or {}:
         if name not in catalogue.names:
