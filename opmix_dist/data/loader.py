@@ -159,7 +159,7 @@ class MixtureLoader:
         return torch.from_numpy(received.astype(np.int64))
 
     def _start(self) -> Iterator[Any]:
-        """Iterate over the plan; live workers are kept, and what they still read of an old plan is dropped."""
+        """Iterate over the plan anew; live workers stay, and what they read of an older plan is dropped."""
         if self._workers is None:
             self._workers = DataLoader(
                 self._reader,
@@ -261,6 +261,6 @@ class _Plan:
         return self._plan()
 
 
-def _as_read(batch: np.ndarray | UserError) -> np.ndarray | UserError:
+def _as_read(batch: Any) -> Any:
     """In place of DataLoader's collation: the reader has stacked the samples."""
     return batch
