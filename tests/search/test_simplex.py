@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opmix_dist.search.simplex import Components, effective, sample_candidates, two_probe_candidates
+
+
+def test_rebalance_composition_by_hand():
+    components = Components.for_rebalance(["a", "b", "c"], np.array([0.5, 0.3, 0.2]))
+    assert components.names == ("old", "a", "b", "c")
+    expected = [[0.5, 0.3, 0.2], [0.95, 0.03, 0.02], [0.05, 0.93, 0.02], [0.05, 0.03, 0.92]]
+    np.testing.assert_allclose(components.matrix, expected, atol=1e-15)
+
+
+def test_domain_share_one_gives_pure_probes():
+    matrix = Components.for_rebalance(["a", "b"], np.array([0.25, 0.75]), domain_share=1.0).matrix
+    np.testing.assert_array_equal(matrix, [[0.25, 0.75], [1, 0], [0, 1]])
+
+
+def test_one_new_domain_composition_by_hand():
+    components = Components.for_one_new_domain(["a", "b"], np.array([0.25, 0.75]), "n")
+    assert components.names == ("old", "n")
+    assert components.domains == ("a", "b", "n")
+    np.testing.assert_allclose(components.matrix, [[0.225, 0.675, 0.1], [0.025, 0.075, 0.9]], atol=1e-15)
+
+
+def test_nine_candidates_between_two_probes_by_hand():
+    matrix = Components.for_one_new_domain(["a", "b"], np.array([0.25, 0.75]), "n").matrix
+    candidates = two_probe_candidates(matrix)
+    np.testing.assert_allclose(candidates[:, 1], np.arange(9) / 8, atol=1e-15)
+    shares = effective(candidates, matrix)
+    np.testing.assert_allclose(shares[:, 2], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], atol=1e-15)
+    np.testing.assert_allclose(shares[4], [0.125, 0.375, 0.5], atol=1e-15)
+
+
+@given(st.integers(1, 12), st.integers(1, 30), st.integers(0, 2**63 - 1), st.floats(0.2, 5))
+def test_candidates_and_their_mixtures_lie_on_the_simplex(num_components, count, seed, alpha):
+    candidates = sample_candidates(num_components, count, seed=seed, alpha=alpha)
+    assert candidates.shape == (count, num_components)
+    composition = sample_candidates(5, num_components, seed=seed)
+    for points in (candidates, effective(candidates, composition)):
+        assert (points >= 0).all()
+        np.testing.assert_allclose(points.sum(axis=1), 1, atol=1e-12)
+
+
+def test_candidates_follow_their_seed_and_extend():
+    few, many = sample_candidates(4, 5, seed=3), sample_candidates(4, 50, seed=3)
+    np.testing.assert_array_equal(few, many[:5])
+    assert not np.allclose(few, sample_candidates(4, 5, seed=4))
+
+
+def test_alpha_one_has_the_moments_of_the_uniform_simplex():
+    candidates = sample_candidates(4, 20_000, seed=0)
+    np.testing.assert_allclose(candidates.mean(axis=0), 1 / 4, atol=0.005)
+    # Dirichlet(1) over K: variance (K - 1) / (K^2 (K + 1)) = 3 / 80.
+    np.testing.assert_allclose(candidates.var(axis=0), 3 / 80, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Components.for_rebalance(["a", "a"], np.array([0.5, 0.5])), "a more than once"),
+        (lambda: Components.for_rebalance(["old", "b"], np.array([0.5, 0.5])), "old more than once"),
+        (lambda: Components.for_rebalance(["a", "b"], np.array([0.5, 0.4])), "sum to 1, got a sum of 0.9"),
+        (lambda: Components.for_rebalance(["a", "b"], np.array([1.5, -0.5])), "not negative"),
+        (lambda: Components.for_rebalance(["a", "b"], np.array([np.nan, 1.0])), "finite"),
+        (lambda: Components.for_rebalance(["a", "b"], np.array([1.0])), "2 shares"),
+        (lambda: Components.for_rebalance([], np.array([])), "at least one domain"),
+        (lambda: Components.for_rebalance(["a"], np.array([1.0]), domain_share=0), "domain_share"),
+        (lambda: Components.for_one_new_domain(["a"], np.array([1.0]), "a"), "a more than once"),
+        (lambda: Components(("x",), ("a", "b"), np.eye(2)), r"\(1, 2\)"),
+        (lambda: two_probe_candidates(np.eye(3)), "two components"),
+        (lambda: two_probe_candidates(np.array([[0.5, 0.5], [0.1, 0.9]])), "not 0.5 to 0.9"),
+        (lambda: sample_candidates(3, 0, seed=0), "candidates"),
+        (lambda: effective(np.eye(2), np.eye(3)), "do not fit"),
+    ],
+)
+def test_wrong_input_says_what_is_wrong(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
