@@ -1,0 +1,240 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+from scipy.stats import spearmanr
+
+from opmix_dist.search import robust
+from opmix_dist.search.laws import LogLinearLaw, fit_log_linear
+from opmix_dist.search.simplex import sample_candidates
+
+DELTA = 0.02
+
+
+def random_law(rng, num_domains, num_components, spread):
+    t = rng.normal(0, spread, (num_domains, num_components))
+    return LogLinearLaw(rng.normal(0.5, 0.3, num_domains), t)
+
+
+def test_prediction_by_hand():
+    law = LogLinearLaw(np.log([2.0, 1.0]), np.array([[0.0, np.log(4)], [np.log(9), 0.0]]))
+    np.testing.assert_allclose(law.predict(np.array([[1.0, 0.0], [0.5, 0.5]])), [[3, 10], [4, 4]])
+
+
+def test_gradient_agrees_with_finite_differences():
+    rng = np.random.default_rng(0)
+    law, u = random_law(rng, 3, 4, 1.0), rng.dirichlet(np.ones(4))
+    steps = 1e-6 * np.eye(4)
+    numeric = (law.predict(u + steps) - law.predict(u - steps)).T / 2e-6
+    np.testing.assert_allclose(law.gradient(u), numeric, rtol=1e-7, atol=1e-8)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 6), st.integers(0, 2**32), st.sampled_from([0.05, 0.5, 1.5]))
+def test_known_laws_are_recovered_from_noiseless_losses(num_components, seed, spread):
+    rng = np.random.default_rng(seed)
+    law = random_law(rng, 4, num_components, spread)
+    candidates = sample_candidates(num_components, 4 * num_components + 4, seed=seed)
+    fit = fit_log_linear(candidates, law.predict(candidates), seed=1)
+    elsewhere = sample_candidates(num_components, 20, seed=seed + 1)
+    np.testing.assert_allclose(fit.law.predict(elsewhere), law.predict(elsewhere), atol=1e-6)
+    assert (fit.loo_error < 1e-6).all()
+
+
+def test_coefficients_are_recovered_where_the_curvature_shows_them():
+    rng = np.random.default_rng(2)
+    law = random_law(rng, 5, 4, 1.0)
+    candidates = sample_candidates(4, 20, seed=0)
+    fit = fit_log_linear(candidates, law.predict(candidates), seed=0)
+    np.testing.assert_allclose(fit.law.log_c, law.log_c, atol=1e-8)
+    np.testing.assert_allclose(fit.law.t, law.t, atol=1e-8)
+    np.testing.assert_allclose(fit.r2, 1, atol=1e-12)
+    np.testing.assert_allclose(fit.spearman, 1)
+    assert fit.warnings == ()
+
+
+def test_outliers_move_the_huber_fit_little():
+    rng = np.random.default_rng(5)
+    law = random_law(rng, 1, 3, 0.7)
+    candidates = sample_candidates(3, 40, seed=0)
+    losses = law.predict(candidates)
+    losses[[3, 17, 30]] += 1.0
+    fit = fit_log_linear(candidates, losses, seed=0)
+    clean = np.delete(np.arange(40), [3, 17, 30])
+    assert np.abs(fit.predicted - law.predict(candidates))[clean].max() < 0.02
+    assert fit.objective[0] == pytest.approx(3 * DELTA * (1 - DELTA / 2), rel=0.1)
+
+
+def huber_sum(parameters, candidates, losses):
+    residual = np.exp(parameters[0]) + np.exp(candidates @ parameters[1:]) - losses
+    size = np.abs(residual)
+    value = np.where(size <= DELTA, residual**2 / 2, DELTA * (size - DELTA / 2)).sum()
+    pull = np.clip(residual, -DELTA, DELTA)
+    slopes = (pull * np.exp(candidates @ parameters[1:])) @ candidates
+    return value, np.append(pull.sum() * np.exp(parameters[0]), slopes)
+
+
+def lbfgs_objective(candidates, losses, rng, num_starts):
+    """Lowest objective of single L-BFGS runs in the plain coordinates (c, t), from many starts."""
+    best = np.inf
+    for _ in range(num_starts):
+        constant = rng.uniform(0.02, 0.98) * losses.min()
+        t = np.log(losses.mean() - constant) + rng.normal(0, 0.3, candidates.shape[1])
+        start = np.append(np.log(constant), t)
+        found = minimize(
+            huber_sum,
+            start,
+            args=(candidates, losses),
+            jac=True,
+            method="L-BFGS-B",
+            options={"maxiter": 3000, "maxfun": 6000, "ftol": 1e-14, "gtol": 1e-10},
+        )
+        best = min(best, found.fun)
+    return best
+
+
+@pytest.mark.parametrize("noise", [1e-3, 0.01, 0.05])
+@pytest.mark.parametrize(("num_components", "count"), [(2, 9), (4, 12), (7, 20)])
+def test_objective_is_no_higher_than_that_of_many_lbfgs_runs(num_components, count, noise):
+    rng = np.random.default_rng([num_components, int(noise * 1e4)])
+    law = random_law(rng, 3, num_components, 0.5)
+    candidates = sample_candidates(num_components, count, seed=9)
+    losses = law.predict(candidates) + noise * rng.standard_t(3, (count, 3))
+    fit = fit_log_linear(candidates, losses, seed=0)
+    for domain in range(3):
+        reference = lbfgs_objective(candidates, losses[:, domain], rng, 12)
+        assert fit.objective[domain] <= reference * (1 + 1e-7)
+        parameters = np.append(fit.law.log_c[domain], fit.law.t[domain])
+        value, _ = huber_sum(parameters, candidates, losses[:, domain])
+        assert fit.objective[domain] == pytest.approx(value, rel=1e-9)
+
+
+def test_leave_one_out_equals_fits_without_each_candidate():
+    rng = np.random.default_rng(11)
+    law = random_law(rng, 2, 3, 1.0)
+    candidates = sample_candidates(3, 14, seed=2)
+    losses = law.predict(candidates) + 1e-3 * rng.normal(size=(14, 2))
+    fit = fit_log_linear(candidates, losses, seed=0)
+    errors = []
+    for m in range(14):
+        others = np.delete(np.arange(14), m)
+        without = fit_log_linear(candidates[others], losses[others], seed=0)
+        errors.append(without.law.predict(candidates[m : m + 1])[0] - losses[m])
+    np.testing.assert_allclose(fit.loo_error, np.sqrt(np.mean(np.square(errors), axis=0)), rtol=1e-3)
+
+
+def test_a_domain_is_fitted_alike_whatever_its_neighbours():
+    rng = np.random.default_rng(4)
+    law = random_law(rng, 3, 4, 0.5)
+    candidates = sample_candidates(4, 16, seed=0)
+    losses = law.predict(candidates) + 5e-3 * rng.normal(size=(16, 3))
+    together = fit_log_linear(candidates, losses, seed=0)
+    alone = fit_log_linear(candidates, losses[:, 1:2], seed=0)
+    np.testing.assert_allclose(alone.law.t[0], together.law.t[1], rtol=1e-6)
+
+
+def test_diagnostics_are_undefined_for_a_flat_domain_only():
+    candidates = sample_candidates(2, 9, seed=0)
+    fit = fit_log_linear(candidates, np.column_stack([np.full(9, 2.0), 2 + candidates[:, 0]]), seed=0)
+    assert np.isnan(fit.r2[0])
+    assert np.isnan(fit.spearman[0])
+    residual, total = fit.measured - fit.predicted, fit.measured - fit.measured.mean(axis=0)
+    assert fit.r2[1] == pytest.approx(1 - (residual[:, 1] ** 2).sum() / (total[:, 1] ** 2).sum())
+    assert fit.spearman[1] == pytest.approx(1)
+
+
+def test_spearman_is_that_of_scipy():
+    rng = np.random.default_rng(8)
+    candidates = sample_candidates(3, 20, seed=0)
+    losses = random_law(rng, 3, 3, 0.5).predict(candidates) + rng.normal(0, 0.1, (20, 3)).round(1)
+    fit = fit_log_linear(candidates, losses, seed=0)
+    expected = [spearmanr(fit.measured[:, i], fit.predicted[:, i]).statistic for i in range(3)]
+    np.testing.assert_allclose(fit.spearman, expected, atol=1e-12)
+
+
+def test_a_single_component_has_flat_laws():
+    losses = 2 + 1e-3 * np.arange(5.0)[:, None] * [1, 0]
+    fit = fit_log_linear(np.ones((5, 1)), losses, seed=0)
+    np.testing.assert_allclose(fit.predicted[0], [2.002, 2.0], atol=1e-9)
+    assert np.isnan(fit.r2[1])
+
+
+def test_constant_losses_give_a_flat_law_and_a_warning():
+    candidates = sample_candidates(3, 12, seed=0)
+    losses = np.column_stack([np.full(12, 3.25), 2 + candidates[:, 0]])
+    fit = fit_log_linear(candidates, losses, seed=0, domains=["web", "code"])
+    np.testing.assert_allclose(fit.law.predict(np.eye(3))[:, 0], 3.25, atol=1e-9)
+    assert [w for w in fit.warnings if w.startswith("web: its loss is the same")]
+    assert not [w for w in fit.warnings if w.startswith("code")]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 7])
+def test_too_few_candidates_fit_the_data_with_a_warning(count):
+    rng = np.random.default_rng(count)
+    law = random_law(rng, 2, 7, 0.3)
+    candidates = sample_candidates(7, count, seed=0)
+    losses = law.predict(candidates)
+    fit = fit_log_linear(candidates, losses, seed=0)
+    np.testing.assert_allclose(fit.predicted, losses, atol=1e-4)
+    assert np.ptp(fit.law.predict(np.eye(7)), axis=0).max() < 2 * np.ptp(law.predict(np.eye(7)), axis=0).max()
+    assert "do not determine" in fit.warnings[0]
+    assert np.isnan(fit.loo_error).all() == (count == 1)
+
+
+def test_a_component_that_no_candidate_contains_is_warned_about():
+    candidates = np.column_stack([sample_candidates(2, 12, seed=0), np.zeros(12)])
+    fit = fit_log_linear(candidates, 2 + candidates[:, :1], seed=0)
+    assert "do not determine" in fit.warnings[0]
+    assert np.isfinite(fit.law.predict(np.eye(3))).all()
+
+
+def test_a_steep_law_is_warned_about():
+    law = LogLinearLaw(np.zeros(2), np.array([[0.0, 0.5, -0.5], [0.0, 3.0, -9.0]]))
+    candidates = sample_candidates(3, 20, seed=0)
+    fit = fit_log_linear(candidates, law.predict(candidates), seed=0, domains=["web", "code"])
+    assert [w.split(":")[0] for w in fit.warnings] == ["code"]
+    assert "too steep" in fit.warnings[0]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0, -1.0])
+def test_a_bad_loss_is_named_by_row_and_domain(bad):
+    losses = np.full((5, 3), 2.0)
+    losses[3, 1] = bad
+    with pytest.raises(ValueError, match="loss of code in row 3"):
+        fit_log_linear(sample_candidates(2, 5, seed=0), losses, seed=0, domains=["web", "code", "math"])
+
+
+def test_shapes_and_candidates_are_checked():
+    good = sample_candidates(2, 5, seed=0)
+    with pytest.raises(ValueError, match="losses"):
+        fit_log_linear(good, np.ones((4, 2)), seed=0)
+    with pytest.raises(ValueError, match="sum to 1"):
+        fit_log_linear(2 * good, np.ones((5, 2)), seed=0)
+    with pytest.raises(ValueError, match="named"):
+        fit_log_linear(good, np.ones((5, 2)), seed=0, domains=["web"])
+    with pytest.raises(ValueError, match="huber_delta"):
+        fit_log_linear(good, np.ones((5, 2)), seed=0, huber_delta=0.0)
+
+
+def test_coordinates_of_the_solver_invert_and_its_equations_are_derivatives():
+    rng = np.random.default_rng(6)
+    z = rng.normal(size=(15, 3))
+    constant, log_amplitude = rng.uniform(1, 2, 4), rng.normal(size=4)
+    exponents = rng.normal(0, 0.5, (4, 3))
+    theta = robust.encode(constant, log_amplitude, exponents)
+    log_c, back, v = robust.decode(theta)
+    np.testing.assert_allclose(np.exp(log_c), constant)
+    np.testing.assert_allclose(back, log_amplitude, atol=1e-12)
+    np.testing.assert_allclose(v, exponents)
+    expected = constant[:, None] + np.exp(log_amplitude[:, None] + exponents @ z.T)
+    np.testing.assert_allclose(robust.predict(theta, z), expected)
+
+    target = expected + rng.normal(0, 0.05, expected.shape)
+    problems = robust.HuberProblems(z, target, np.ones_like(target), np.zeros(4), DELTA)
+    _, gradient = problems._normal_equations(theta)
+    for k in range(5):
+        step = np.zeros_like(theta)
+        step[:, k] = 1e-6
+        numeric = (problems.huber(theta + step) - problems.huber(theta - step)) / 2e-6
+        np.testing.assert_allclose(gradient[:, k], numeric, rtol=1e-5, atol=1e-7)
