@@ -1,0 +1,124 @@
+"""The part of the report that tells of one search: proposal, laws, probes, and what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from opmix_dist.exchange.schemas import Fit, Proposal, SearchStage
+from opmix_dist.report import charts, page, words
+from opmix_dist.report.page import Figures, Html
+from opmix_dist.report.reading import Candidates, SearchView
+from opmix_dist.search.laws import LogLinearLaw
+
+
+def search_section(
+    view: SearchView, realised: Mapping[str, float], colours: Mapping[str, str], figures: Figures
+) -> Html:
+    """Everything that the run directory holds of one search.
+
+    Args:
+        realised: held-out loss by domain at the end of the run; empty while it goes on.
+        colours: colour of each domain.
+    """
+    parts = [_proposal(view, realised, colours, figures), _laws(view, colours, figures)]
+    return page.section(
+        f"Search {view.name}", _standing(view), *_problems(view), *parts, _probes(view, colours, figures)
+    )
+
+
+def _standing(view: SearchView) -> Html:
+    asked = f"Asked at step {view.request.step:,}. " if view.request else ""
+    failed = view.status is not None and view.status.stage is SearchStage.FAILED
+    return (page.problem if failed else page.caption)(asked + view.standing)
+
+
+def _problems(view: SearchView) -> list[Html]:
+    """What could not be read, and what the fit and the proposal warn of, once each."""
+    warnings = [text for record in (view.fit, view.proposal) if record for text in record.warnings]
+    return [page.problem(text) for text in dict.fromkeys([*view.problems, *warnings])]
+
+
+def _proposal(
+    view: SearchView, realised: Mapping[str, float], colours: Mapping[str, str], figures: Figures
+) -> Html:
+    if view.proposal is None:
+        return page.caption("There is no proposal.")
+    coefficients = ", ".join(f"{name} {value:.3f}" for name, value in view.proposal.coefficients.items())
+    bars = page.subsection(
+        "Proposed mixture",
+        page.caption(f"Pale: before; solid: proposed. Coefficients of the probes: {coefficients}."),
+        figures.place(charts.proposed_mixture(view.proposal, colours)),
+    )
+    return page.element("div", bars, _landing(view.proposal, realised, colours, figures))
+
+
+_LANDING = (
+    "Change from the snapshot that the search started from. ○ staying on the old mixture, by the law; ◆ the "
+    "proposal, by the law; □ the proposal, simulated by interpolated adapters and measured; ★ realised by "
+    "the end of the run. Law and simulation describe the same model and should agree. Both look {horizon} "
+    "tokens ahead, at the learning rate of the probes, so neither is expected to equal the final loss."
+)
+
+
+def _landing(
+    proposal: Proposal, realised: Mapping[str, float], colours: Mapping[str, str], figures: Figures
+) -> Html:
+    text = _LANDING.format(horizon=words.si(proposal.horizon_tokens))
+    if not realised:
+        text += " The run has not finished, so nothing is realised yet."
+    losses = charts.landing_losses(proposal, realised)
+    ahead = {name: values for name, values in losses.items() if values is not realised}
+    scales = [("At the horizon of the search", ahead)]  # the end of the run may dwarf these differences
+    if realised:
+        scales.append(("With the end of the run", losses))
+    rows = [
+        [domain, words.loss(start), *(words.loss(values.get(domain)) for values in losses.values())]
+        for domain, start in proposal.snapshot.items()
+    ]
+    return page.subsection(
+        "Predicted, simulated and realised loss",
+        page.caption(text),
+        figures.grid(charts.landing(*shown, proposal.snapshot, colours) for shown in scales),
+        page.table(["domain", "snapshot", *losses], rows),
+    )
+
+
+def _laws(view: SearchView, colours: Mapping[str, str], figures: Figures) -> Html:
+    fit, candidates = view.fit, view.candidates
+    if fit is None or candidates is None:
+        missing = "candidates.parquet" if candidates is None else "fit.json"
+        return page.caption(f"The fitted laws cannot be shown without a valid {missing}.")
+    law = LogLinearLaw(np.array(fit.log_c), np.array(fit.t))
+    grid = [
+        charts.law_against_measured(domain, candidates, law, column, colours.get(domain, charts.GREY))
+        for column, domain in enumerate(fit.domains)
+    ]
+    text = (
+        "Each dot is a candidate mixture: its measured loss ± standard error, and the law that was fitted to "
+        "all of them. The star is the proposal, measured after the fit. On the dotted line they agree."
+    )
+    table = _fit_table(fit, candidates)
+    return page.subsection("Laws against measurements", page.caption(text), figures.grid(grid), table)
+
+
+def _fit_table(fit: Fit, candidates: Candidates) -> Html:
+    """How well each law holds, beside how far apart the candidates' losses are."""
+    rows = []
+    for i, domain in enumerate(fit.domains):
+        measured = candidates.loss[candidates.rows(domain, "candidate")]
+        spread = float(np.ptp(measured)) if len(measured) else None
+        values = (fit.r2[i], fit.spearman[i], fit.loo_error[i], spread)
+        rows.append([domain, *(words.ABSENT if value is None else f"{value:.3g}" for value in values)])
+    return page.table(["domain", "R²", "Spearman", "leave-one-out RMSE", "spread of measured losses"], rows)
+
+
+def _probes(view: SearchView, colours: Mapping[str, str], figures: Figures) -> Html:
+    curves = {name: points for name, points in view.curves.items() if points}
+    absent = [name for name in view.curves if name not in curves]
+    parts = [page.problem(f"No training curve: {', '.join(absent)}.")] if absent else []
+    if curves:
+        parts.append(figures.place(charts.probe_curves(curves, colours)))
+    text = "Training loss of each adapter on its own component, in means of consecutive steps."
+    return page.subsection("Probes", page.caption(text), *parts)

@@ -1,0 +1,192 @@
+"""Rows that compare runs, and their drawing in a terminal.
+
+The rows are plain numbers, so that the terminal and the HTML page show the same ones. The first run is the
+baseline of every comparison.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from opmix_dist.errors import UserError
+from opmix_dist.exchange.rundir import RunDir
+from opmix_dist.exchange.schemas import EvalLine, PhaseCost
+from opmix_dist.report import words
+from opmix_dist.report.reading import final_line, read_run
+
+AVERAGES = "The average perplexity is the mean over domains of exp(loss), not exp of the average loss."
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss) for a loss in nats per token; inf where that overflows."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(np.float64(loss)))
+
+
+@dataclass(frozen=True)
+class LossRow:
+    """A domain, or the average over domains, of one run after another (R runs)."""
+
+    label: str
+    losses: tuple[float, ...]
+    """[R] nats per token."""
+    stderrs: tuple[float, ...]
+    """[R] standard errors of the losses."""
+    perplexities: tuple[float, ...]
+    """[R]; of the average row the mean over domains of exp(loss)."""
+
+    @property
+    def differences(self) -> tuple[float, ...]:
+        """[R] loss minus the first run's; negative is better."""
+        return tuple(loss - self.losses[0] for loss in self.losses)
+
+    @property
+    def best(self) -> float:
+        return min(self.losses)
+
+
+def loss_rows(finals: Sequence[EvalLine]) -> list[LossRow]:
+    """A row per domain in the first run's order, then the average over domains.
+
+    Raises:
+        UserError: the runs were evaluated on different domains.
+    """
+    domains = list(finals[0].loss)
+    for final in finals:
+        if set(final.loss) != set(domains) or not domains:
+            raise UserError(
+                f"runs over different domains cannot be compared: {', '.join(domains) or 'none'} against "
+                f"{', '.join(final.loss) or 'none'}"
+            )
+    rows = [
+        LossRow(
+            domain,
+            losses=tuple(final.loss[domain] for final in finals),
+            stderrs=tuple(final.stderr.get(domain, math.nan) for final in finals),
+            perplexities=tuple(perplexity(final.loss[domain]) for final in finals),
+        )
+        for domain in domains
+    ]
+    return [*rows, _average(rows)]
+
+
+def _average(rows: Sequence[LossRow]) -> LossRow:
+    """Mean over domains; its standard error takes the domains' errors as independent."""
+    errors = np.array([row.stderrs for row in rows])
+    return LossRow(
+        "average",
+        losses=tuple(np.mean([row.losses for row in rows], axis=0).tolist()),
+        stderrs=tuple((np.sqrt((errors**2).sum(axis=0)) / len(rows)).tolist()),
+        perplexities=tuple(np.mean([row.perplexities for row in rows], axis=0).tolist()),
+    )
+
+
+def total_cost(costs: Iterable[PhaseCost]) -> PhaseCost:
+    total = PhaseCost()
+    for cost in costs:
+        total.seconds += cost.seconds
+        total.device_seconds += cost.device_seconds
+        total.flops += cost.flops
+        total.tokens += cost.tokens
+    return total
+
+
+def cost_rows(costs: Mapping[str, PhaseCost]) -> list[tuple[str, PhaseCost]]:
+    """(phase, cost) in the order of the ledger, then their total.
+
+    Seconds of phases that run side by side (a pool beside the trainers) add up to more than the wall time.
+    """
+    return [*costs.items(), ("total", total_cost(costs.values()))]
+
+
+def cost_cells(cost: PhaseCost) -> tuple[str, str, str, str]:
+    """Seconds, device-seconds, FLOPs and tokens."""
+    return f"{cost.seconds:,.1f}", f"{cost.device_seconds:,.1f}", words.si(cost.flops), words.si(cost.tokens)
+
+
+COST_HEADER = ("seconds", "device-seconds", "FLOPs", "tokens")
+
+
+def mixture_rows(mixtures: Sequence[Mapping[str, float]]) -> list[tuple[str, tuple[float, ...]]]:
+    """(domain, weight in each run); a domain that a run does not have weighs 0 there."""
+    domains = dict.fromkeys(domain for mixture in mixtures for domain in mixture)
+    return [(domain, tuple(mixture.get(domain, 0.0) for mixture in mixtures)) for domain in domains]
+
+
+def comparison_table(runs: Sequence[tuple[str, RunDir]]) -> Group:
+    """Three tables for ``rich.console.Console.print``: losses, final mixtures, and costs by phase.
+
+    Args:
+        runs: (label, run) of finished runs over the same domains, the baseline first.
+
+    Raises:
+        UserError: a run has not finished, or was evaluated on other domains; names the file or the domains.
+    """
+    labels = [label for label, _ in runs]
+    summaries = [run.summary() for _, run in runs]
+    costs = [read_run(run).costs for _, run in runs]
+    return Group(
+        _loss_table(labels, [final_line(summary) for summary in summaries]),
+        _mixture_table(labels, [summary.mixture for summary in summaries]),
+        _cost_table(labels, costs),
+    )
+
+
+def _table(title: str, first: Sequence[str], numbers: Sequence[str], caption: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    for header in first:
+        table.add_column(Text(header))
+    for header in numbers:
+        table.add_column(Text(header), justify="right")
+    return table
+
+
+def _loss_table(labels: Sequence[str], finals: Sequence[EvalLine]) -> Table:
+    per_run = [f"{label}\n{what}" for label in labels for what in ("loss", "perplexity")]
+    compared = [f"{label}\n− {labels[0]}" for label in labels[1:]]
+    table = _table("Held-out loss (nats per token)", ["domain"], [*per_run, *compared], AVERAGES)
+    rows = loss_rows(finals)
+    for row in rows:
+        if row is rows[-1]:
+            table.add_section()
+        table.add_row(row.label, *_loss_cells(row), *_difference_cells(row))
+    table.add_section()
+    tokens = [cell for final in finals for cell in (words.si(final.tokens), "")]
+    table.add_row("training tokens", *tokens)
+    return table
+
+
+def _loss_cells(row: LossRow) -> list[Text]:
+    cells = []
+    for loss, value in zip(row.losses, row.perplexities, strict=True):
+        style = "bold" if loss == row.best and len(row.losses) > 1 else ""
+        cells += [Text(words.loss(loss), style), Text(f"{value:.2f}", style)]
+    return cells
+
+
+def _difference_cells(row: LossRow) -> list[Text]:
+    return [Text(words.signed(d), "bold green" if d < 0 else "") for d in row.differences[1:]]
+
+
+def _mixture_table(labels: Sequence[str], mixtures: Sequence[Mapping[str, float]]) -> Table:
+    table = _table("Final mixture", ["domain"], labels)
+    for domain, weights in mixture_rows(mixtures):
+        table.add_row(domain, *map(words.share, weights))
+    return table
+
+
+def _cost_table(labels: Sequence[str], costs: Sequence[Mapping[str, PhaseCost]]) -> Table:
+    table = _table("Cost by phase", ["run", "phase"], COST_HEADER)
+    for label, ledger in zip(labels, costs, strict=True):
+        for phase, cost in cost_rows(ledger):
+            style = "bold" if phase == "total" else ""
+            table.add_row(Text(label), Text(phase), *cost_cells(cost), style=style)
+        table.add_section()
+    return table

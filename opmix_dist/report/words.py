@@ -1,0 +1,39 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+import math
+
+ABSENT = "–"
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
+
+
+def si(value: float) -> str:
+    """Three digits and an SI prefix: 1234567 is "1.23 M"."""
+    if not math.isfinite(value) or abs(value) < 1000:
+        return f"{value:.3g}"
+    # three digits first, so that 999,999 becomes 1 M and not 1e+03 k
+    rounded = float(f"{value:.3g}")
+    power = min(int(math.log10(abs(rounded)) // 3), len(_PREFIXES) - 1)
+    return f"{rounded / 1000**power:.3g} {_PREFIXES[power]}"
+
+
+def loss(value: float | None, stderr: float | None = None) -> str:
+    """Nats per token with the standard error where there is one; a dash for no value."""
+    if value is None:
+        return ABSENT
+    return f"{value:.4f}" if stderr is None or math.isnan(stderr) else f"{value:.4f} ± {stderr:.4f}"
+
+
+def signed(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:+.4f}".replace("-", "−")
+
+
+def share(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def comparison(value: float, reference: float) -> str:
+    """How ``value`` stands to ``reference``: "3.1% below" or "0.4% above"."""
+    change = value / reference - 1
+    return f"{abs(100 * change):.1f}% {'below' if change < 0 else 'above'}"

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+from opmix_dist.errors import UserError
+from opmix_dist.exchange.rundir import RunDir
+from opmix_dist.exchange.schemas import EvalLine, PhaseCost
+from opmix_dist.report import tables, words
+
+
+def final(losses: dict[str, float], stderr: float = 0.03) -> EvalLine:
+    return EvalLine(step=1, tokens=10, loss=losses, stderr=dict.fromkeys(losses, stderr))
+
+
+def test_loss_rows_by_hand():
+    rows = tables.loss_rows([final({"a": math.log(2), "b": math.log(8)}), final({"b": 1.0, "a": 0.0}, 0.04)])
+    assert [row.label for row in rows] == ["a", "b", "average"]
+    assert rows[0].losses == pytest.approx((math.log(2), 0.0))
+    assert rows[1].differences == pytest.approx((0.0, 1 - math.log(8)))
+    # mean of exp(loss): (2 + 8) / 2 = 5, while exp of the mean loss would be 4
+    assert rows[2].perplexities == pytest.approx((5.0, (1 + math.e) / 2))
+    assert rows[2].losses == pytest.approx((math.log(4), 0.5))
+    # sqrt(0.03^2 + 0.03^2) / 2
+    assert rows[2].stderrs == pytest.approx((0.03 / math.sqrt(2), 0.04 / math.sqrt(2)))
+    assert rows[2].best == 0.5
+
+
+def test_other_domains_are_refused_by_name():
+    with pytest.raises(UserError, match="a, b against a, c"):
+        tables.loss_rows([final({"a": 1, "b": 1}), final({"a": 1, "c": 1})])
+
+
+def test_a_diverged_loss_has_infinite_perplexity():
+    assert tables.perplexity(1e4) == math.inf
+
+
+def test_costs_add_up_in_the_order_of_the_ledger():
+    train = PhaseCost(seconds=1, device_seconds=2, flops=3, tokens=4)
+    probes = PhaseCost(seconds=10, device_seconds=20, flops=30, tokens=40)
+    rows = tables.cost_rows({"train": train, "search 0001: probes": probes})
+    assert [phase for phase, _ in rows] == ["train", "search 0001: probes", "total"]
+    assert rows[-1][1] == PhaseCost(seconds=11, device_seconds=22, flops=33, tokens=44)
+
+
+def test_mixture_rows_give_absent_domains_no_weight():
+    assert tables.mixture_rows([{"a": 1.0}, {"b": 0.4, "a": 0.6}]) == [("a", (1.0, 0.6)), ("b", (0.0, 0.4))]
+
+
+def test_printed_tables(baseline: RunDir, finished: RunDir):
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(tables.comparison_table([("uniform", baseline), ("opmix", finished)]))
+    lines = [line.split() for line in console.export_text().replace("│", " ").splitlines()]
+    # exp(3.5), exp(3.52); code 1.5 -> 1.3; average perplexity (33.115 + 4.482 + 54.598) / 3 = 30.73
+    assert ["web", "3.5000", "33.12", "3.5200", "33.78", "+0.0200"] in lines
+    assert ["code", "1.5000", "4.48", "1.3000", "3.67", "−0.2000"] in lines
+    assert ["average", "3.0000", "30.73", "2.9067", "28.95", "−0.0933"] in lines
+    assert ["code", "33.3%", "50.0%"] in lines
+    assert ["opmix", "search", "0001:", "probes", "4.0", "8.0", "2", "T", "200", "k"] in lines
+    assert ["opmix", "total", "17.0", "34.0", "9", "T", "400", "k"] in lines
+
+
+def test_the_better_values_are_emphasised():
+    (row, _) = tables.loss_rows([final({"a": 1.0}), final({"a": 0.5})])
+    assert [str(cell.style) for cell in tables._loss_cells(row)] == ["", "", "bold", "bold"]
+    assert [str(cell.style) for cell in tables._difference_cells(row)] == ["bold green"]
+
+
+def test_an_unfinished_run_is_named(baseline: RunDir, finished: RunDir):
+    finished.summary_file.unlink()
+    with pytest.raises(UserError, match=r"opmix/summary\.json is missing"):
+        tables.comparison_table([("uniform", baseline), ("opmix", finished)])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (999, "999"), (1_234_567, "1.23 M"), (999_999, "1 M"), (3.3e18, "3.3 E"), (math.inf, "inf")],
+)
+def test_si(value: float, text: str):
+    assert words.si(value) == text
+
+
+def test_comparisons_in_words():
+    assert words.comparison(96.9, 100) == "3.1% below"
+    assert words.comparison(102, 100) == "2.0% above"
+    assert words.signed(-0.12344) == "−0.1234"
+    assert words.loss(None) == "–"
