@@ -24,6 +24,7 @@ setup(
         "tokenizers",
         "peft",
         "safetensors",
+        "filelock",
         "pyarrow",
         "zstandard",
         "pydantic>=2",

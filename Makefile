@@ -1,0 +1,51 @@
+# Everything that is done to this repository by hand or by CI. `make help` lists it.
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+LOCK ?= requirements/cpu.lock
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/$(notdir $(LOCK))
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: $(STAMP) ## .venv with the pinned dependencies; PYTHON=python3.12, LOCK=requirements/cuda.lock
+
+# The stamp is a copy of the lock inside the environment: a failed setup leaves none, and another lock has another.
+$(STAMP): $(LOCK)
+	bash scripts/setup.sh $(PYTHON) $(VENV) $(LOCK)
+	@cp $(LOCK) $@
+
+.PHONY: test
+test: setup ## every test; those marked `launch` start several processes each and have the cores to themselves
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not launch" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m launch
+
+.PHONY: lint
+lint: setup ## ruff (rules and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: demo
+demo: setup ## uniform against OP-Mix on the built-in corpus, from data to report, on the CPU
+	bash scripts/demo.sh
+
+.PHONY: evidence-small
+evidence-small: setup ## the small benchmark that the documentation quotes
+	$(BIN)/python benchmarks/evidence_small.py
+
+.PHONY: lock
+lock: ## write the locks again (needs uv); pins stay where they can: delete the locks for the newest
+	uv pip compile --quiet --universal --python-version 3.11 --no-annotate --custom-compile-command "make lock" \
+	  --override requirements/left-out.txt --output-file requirements/cuda.lock \
+	  setup.py requirements/base.in requirements/dev.in
+	sed -E -e '/^(cuda|nvidia|triton)[-=]/d' -e 's/^torch==[^ ]+/&+cpu/' requirements/cuda.lock > requirements/cpu.lock
+
+.PHONY: clean
+clean: ## remove the environment, caches and build folders; data/ and runs/ stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Makes the virtual environment that a lock describes: scripts/setup.sh PYTHON VENV LOCK. `make setup` calls it.
+set -euo pipefail
+python=$1 venv=$2 lock=$3
+pytorch_cpu_index=https://download.pytorch.org/whl/cpu
+
+fail() {
+  echo "setup: $1" >&2
+  exit 1
+}
+
+# Locks are complete, so nothing is resolved: a resolve on a CPU machine would take the CUDA build of torch.
+install() {
+  "$venv/bin/python" -m pip --disable-pip-version-check install --quiet --no-deps "$@"
+}
+
+command -v "$python" >/dev/null || fail "no $python here: install Python 3.11 or 3.12, or name one with PYTHON=..."
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+  fail "$("$python" --version) is too old: name a Python 3.11 or 3.12 with PYTHON=..."
+"$python" -c 'import ensurepip, venv' 2>/dev/null ||
+  fail "$python has no venv module: install it (on Debian and Ubuntu: apt-get install python3-venv)"
+
+"$python" -m venv --clear "$venv"
+
+torch=$(grep '^torch==' "$lock")
+if [[ $torch == *+cpu ]] && ! install "$torch" 2>/dev/null; then
+  echo "setup: $torch is not on the configured package index, taking it from $pytorch_cpu_index"
+  install --index-url "$pytorch_cpu_index" "$torch"
+fi
+install --requirement "$lock"
+install --no-build-isolation --editable .
+echo "setup: $venv holds $("$venv/bin/python" --version) and $lock"
