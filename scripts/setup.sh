@@ -11,7 +11,7 @@ fail() {
 
 # Locks are complete, so nothing is resolved: a resolve on a CPU machine would take the CUDA build of torch.
 install() {
-  "$venv/bin/python" -m pip --disable-pip-version-check install --quiet --no-deps "$@"
+  "$venv/bin/python" -m pip --disable-pip-version-check install --quiet --no-deps --no-compile "$@"
 }
 
 command -v "$python" >/dev/null || fail "no $python here: install Python 3.11 or 3.12, or name one with PYTHON=..."
@@ -29,4 +29,8 @@ if [[ $torch == *+cpu ]] && ! install "$torch" 2>/dev/null; then
 fi
 install --requirement "$lock"
 install --no-build-isolation --editable .
+
+# All cores compile at once, where pip uses one. Some packages ship files for newer Pythons only, which pip
+# passes over as well; hence no failure.
+"$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" || true
 echo "setup: $venv holds $("$venv/bin/python" --version) and $lock"
