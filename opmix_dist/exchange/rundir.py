@@ -25,6 +25,7 @@ from opmix_dist.exchange.schemas import (
 )
 
 R = TypeVar("R", bound=Record)
+CURVE_FILE = "curve.jsonl"
 _STEP_FOLDER = re.compile(r"^step_(\d{1,12})$")
 _SEARCH_FOLDER = re.compile(r"^\d{4}$")
 
@@ -77,7 +78,12 @@ class SearchDir:
         return read_record(self.fit_file, Fit)
 
     def probe(self, component: str) -> Path:
+        """Folder of one adapter in PEFT's format."""
         return self.path / "probes" / component
+
+    def curve(self, component: str) -> Path:
+        """Training curve of one probe, lines {"step", "loss"}; complete with the folder."""
+        return self.probe(component) / CURVE_FILE
 
 
 class RunDir:

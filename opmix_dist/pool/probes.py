@@ -13,11 +13,10 @@ from transformers import PreTrainedModel
 
 from opmix_dist.config import ProbeConfig
 from opmix_dist.exchange import files
+from opmix_dist.exchange.rundir import CURVE_FILE
 from opmix_dist.models.lora import JointAdapters
 from opmix_dist.models.loss import sample_losses
 from opmix_dist.pool.errors import SearchError
-
-CURVE_FILE = "curve.jsonl"
 
 
 def train_probes(

@@ -185,7 +185,7 @@ def read_search(search: SearchDir) -> SearchView:
         search.candidates_file, partial(_candidates, search.candidates_file, components)
     )
     for name in components:
-        path = search.probe(name) / "curve.jsonl"
+        path = search.curve(name)
         view.curves[name] = optional(path, partial(read_records, path, CurvePoint)) or []
     return view
 

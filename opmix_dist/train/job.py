@@ -21,6 +21,7 @@ from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import RunDir, write_record
 from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, Summary
+from opmix_dist.ledger import Ledger
 from opmix_dist.logs import set_up_logging
 from opmix_dist.models.build import build_model
 from opmix_dist.pool.supervisor import Supervisor
@@ -164,7 +165,8 @@ class Job:
             max_epochs=self._max_epochs(),
         )
         state = self._restore(engine, checkpointer, loader)
-        around = Surroundings(self.run, config, world, engine, catalogue)
+        ledger = Ledger(world.size, state.costs)
+        around = Surroundings(self.run, config, world, engine, catalogue, ledger)
         return Trainer(
             run=self.run,
             config=config,
@@ -179,6 +181,7 @@ class Job:
             callbacks=self._callbacks(checkpointer),
             state=state,
             recorded=self._recorded(),
+            ledger=ledger,
         )
 
     def _build_engine(self) -> Engine:
@@ -211,6 +214,7 @@ class Job:
             )
         state = checkpointer.load(engine, step)
         loader.load_state_dict(state.loader)
+        loader.set_weights(state.weights)
         if state.world_size != self.world.size and self.world.is_leader:
             log.info("checkpoint of %d trainer ranks continues on %d", state.world_size, self.world.size)
         state.world_size = self.world.size

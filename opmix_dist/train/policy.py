@@ -19,6 +19,7 @@ from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import RunDir, SearchDir, write_record
 from opmix_dist.exchange.schemas import MixtureRecord, SearchRequest, SearchStage
+from opmix_dist.ledger import Ledger
 from opmix_dist.pool.run_search import Searcher
 from opmix_dist.search.proposal import repetition_caps
 from opmix_dist.search.simplex import Components
@@ -37,6 +38,7 @@ class Surroundings:
     world: World
     engine: Engine
     catalogue: Catalogue
+    ledger: Ledger
 
 
 class MixturePolicy(ABC):
@@ -89,13 +91,17 @@ class OpMixPolicy(MixturePolicy):
             return None
         if not self._asked:
             self._ask(state)
+        with self.around.ledger.timed("waiting for the search"):
+            return self._answer(state)
+
+    def _answer(self, state: TrainerState) -> MixtureRecord | None:
+        """The decision once it is there; ``async`` looks once, ``sync`` waits for it. Collective."""
         config, world = self.around.config, self.around.world
-        waits = config.search.mode == "sync"
         while True:
             text = world.share_text(self._look(state) if world.is_leader else None)
             if text:
                 return MixtureRecord.model_validate_json(text)
-            if not waits:
+            if config.search.mode == "async":
                 return None
             time.sleep(config.pool.poll_interval_s)
 
@@ -103,7 +109,8 @@ class OpMixPolicy(MixturePolicy):
         """Snapshot and request; the leader writes both in the background. Collective."""
         self._asked = True
         around = self.around
-        parameters = around.engine.full_parameters()
+        with around.ledger.timed("snapshots"):
+            parameters = around.engine.full_parameters()
         if parameters is not None:
             self._written = self._writer.submit(self._write_request, parameters, state.model_copy(deep=True))
         if self._inline:

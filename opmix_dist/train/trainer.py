@@ -46,9 +46,9 @@ class Trainer:
     callbacks: Sequence[Callback]
     state: TrainerState
     recorded: dict[int, MixtureRecord]
+    ledger: Ledger
 
     def __post_init__(self) -> None:
-        self.ledger = Ledger(self.world.size, self.state.costs)
         self._last_evaluation: EvalLine | None = None
 
     def fit(self) -> EvalLine:
@@ -56,8 +56,7 @@ class Trainer:
         with self._closing():
             self._announce("on_start")
             while self.state.step < self.config.train.steps:
-                with self.ledger.timed("mixture decision"):
-                    self._update_mixture()
+                self._update_mixture()
                 line = self._train_step()
                 interval = self.config.train.eval_interval_steps
                 if interval and self.state.step % interval == 0:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from opmix_dist.exchange.rundir import RunDir
@@ -38,7 +39,7 @@ def tiny_config(data: Path, run: Path, **sections: dict[str, Any] | Any) -> dict
         "checkpoint": {"interval_steps": 3},
         "search": {
             "start_fraction": SEARCH_STEP / STEPS,
-            "probes": {"steps": 6, "batch_size": 2, "rank": 4},
+            "probes": {"steps": 24, "batch_size": 2, "rank": 4},
             "candidates": {"count": 12, "samples_per_domain": 4},
         },
         "pool": {"ranks": 1, "poll_interval_s": 0.1},
@@ -98,17 +99,9 @@ class Job:
         return max((line.step for line in self.run.train_lines()), default=0)
 
     def pool_workers(self) -> list[int]:
-        """Process ids of this run's pool workers."""
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                command = (entry / "cmdline").read_bytes()
-                group = os.getpgid(int(entry.name))
-            except (FileNotFoundError, ProcessLookupError, PermissionError):
-                continue
-            if b"opmix_dist.pool.worker" in command and group == self.process.pid:
-                found.append(int(entry.name))
-        return found
+        """Process ids of this launch's pool workers."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [child.pid for child in children if "opmix_dist.pool.worker" in child.cmdline()]
 
 
 def complete(config: dict[str, Any], ranks: int, *, overrides: tuple[str, ...] = ()) -> RunDir:
