@@ -25,7 +25,8 @@ command -v "$python" >/dev/null || fail "no $python here: install Python 3.11 or
 torch=$(grep '^torch==' "$lock")
 if [[ $torch == *+cpu ]] && ! install "$torch" 2>/dev/null; then
   echo "setup: $torch is not on the configured package index, taking it from $pytorch_cpu_index"
-  install --index-url "$pytorch_cpu_index" "$torch"
+  install --index-url "$pytorch_cpu_index" "$torch" ||
+    fail "no $torch for $("$venv/bin/python" --version) there: see pip's words above"
 fi
 install --requirement "$lock"
 install --no-build-isolation --editable .
