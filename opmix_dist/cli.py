@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments, rest)
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            # All ranks usually meet the same mistake. Rank 0 tells it at once and the launcher then ends the
+            # others; only a mistake that rank 0 does not meet gets told here.
+            time.sleep(3.0)
         print(f"opmix: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:

@@ -90,6 +90,10 @@ class World:
         dist.barrier()
         dist.destroy_process_group()
 
+    def abandon(self) -> None:
+        """Not collective: drop the group after an error, when the other ranks may be anywhere."""
+        dist.destroy_process_group()
+
     def barrier(self) -> None:
         """Collective."""
         dist.barrier()

@@ -53,7 +53,8 @@ def _fresh(config: ModelConfig, vocab_size: int, token_ids: dict[str, int | None
         hf = AutoConfig.for_model(**fields)
     except (ValueError, TypeError) as error:
         raise UserError(f"model.config: {' '.join(str(error).split())[:300]}") from None
-    unknown = sorted(set(config.config) - set(hf.to_dict()) - {"model_type"})
+    # the instance takes any keyword for a field; its class's defaults tell which ones are
+    unknown = sorted(set(config.config) - set(type(hf)().to_dict()))
     if unknown:
         raise UserError(f"model.config.{unknown[0]} is no field of a {hf.model_type} model")
     return AutoModelForCausalLM.from_config(hf, attn_implementation=config.attention, dtype=torch.float32)

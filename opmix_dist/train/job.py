@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from pathlib import Path
 from typing import IO
 
 import numpy
@@ -12,7 +13,7 @@ import transformers
 
 from opmix_dist import __version__
 from opmix_dist.config import RunConfig, changed_settings
-from opmix_dist.data.catalogue import Catalogue
+from opmix_dist.data.catalogue import Catalogue, tokenizer_fingerprint
 from opmix_dist.data.loader import MixtureLoader, eval_batches
 from opmix_dist.distributed import Placement, Role, World
 from opmix_dist.engines.base import Engine
@@ -62,10 +63,15 @@ def run_job(config: RunConfig) -> None:
     catalogue = Catalogue.open(config.data.root, config.data.domains)
     weights = initial_mixture(config.mixture.initial, catalogue)
     check_config_against(config, catalogue, placement)
+    check_tokenizer(config, catalogue)
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
     world = World.join(placement, device=config.engine.device, timeout_s=config.engine.collective_timeout_s)
-    Job(run, config, world, catalogue, weights).run_to_end()
+    try:
+        Job(run, config, world, catalogue, weights).run_to_end()
+    except BaseException:
+        world.abandon()
+        raise
     world.leave()
 
 
@@ -87,6 +93,22 @@ def check_config_against(config: RunConfig, catalogue: Catalogue, placement: Pla
     if config.search.proposal.omega and len(config.search.proposal.omega) < len(catalogue.names):
         missing = sorted(set(catalogue.names) - set(config.search.proposal.omega))
         raise UserError(f"search.proposal.omega has no weight for `{missing[0]}`")
+
+
+def check_tokenizer(config: RunConfig, catalogue: Catalogue) -> None:
+    """A checkpoint folder that brings a tokenizer must bring the one that made the shards.
+
+    Raises:
+        UserError: it is another one; training would run, on token ids that mean something else.
+    """
+    folder = Path(config.model.checkpoint or "")
+    if not config.model.checkpoint or not (folder / "tokenizer.json").is_file():
+        return
+    if tokenizer_fingerprint(folder) != catalogue.tokenizer_fingerprint:
+        raise UserError(
+            f"model.checkpoint {folder} has another tokenizer than the shards in {catalogue.root}: "
+            f"prepare the data with `--tokenizer {folder}`"
+        )
 
 
 class Job:
@@ -113,13 +135,12 @@ class Job:
             lock.close()
 
     def _open_run(self) -> IO[str] | None:
-        """Collective. Lock and check the run directory on the leader, write config.yaml."""
+        """Collective. Lock and check the run directory on the leader."""
         lock, failure = None, None
         if self.world.is_leader:
             try:
                 lock = lock_run(self.run.path)
                 self._check_earlier_attempt()
-                self.run.write_config(self.config)
             except UserError as error:
                 failure = str(error)
         text = self.world.share_text((failure or "") if self.world.is_leader else None)
@@ -152,6 +173,8 @@ class Job:
     def _build(self) -> Trainer:
         config, world, catalogue = self.config, self.world, self.catalogue
         engine = self._build_engine()
+        if world.is_leader:  # only now: settings that cannot even be built leave no run behind
+            self.run.write_config(config)
         checkpointer = Checkpointer(self.run, config.checkpoint, world)
         loader = MixtureLoader(
             catalogue,
