@@ -12,7 +12,7 @@ runs=${RUNS:-runs/demo}
 start=$SECONDS
 
 echo "1/4 the built-in corpus: text that this installation has anyway"
-$opmix prepare --builtin --out "$data" --eval-fraction 0.1
+$opmix prepare --builtin --out "$data" --eval-fraction 0.1 --vocab-size 2048
 
 echo "2/4 uniform mixture, 2 trainer ranks"
 $torchrun --nproc-per-node=2 -m opmix_dist.cli train configs/demo.yaml \

@@ -50,26 +50,35 @@ class JointLoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         owner = self._owner[0]
         y = self.base(x)
-        if owner.mode is Mode.OFF:
-            return y
-        delta = self._joint(x, owner) if owner.mode is Mode.TRAIN else self._simulated(x, owner)
-        return y + (owner.scale * delta).to(y.dtype)
+        if owner.mode is Mode.TRAIN:
+            return self._joint(x, y, owner)
+        if owner.mode is Mode.SIMULATE:
+            return self._simulated(x, y, owner)
+        return y
 
-    def _joint(self, x: Tensor, owner: JointAdapters) -> Tensor:
-        """x [K * b, T, d_in], K equal groups of rows: two batched products."""
-        grouped = x.reshape(len(self.A), -1, x.shape[-1]).to(self.A.dtype)  # [K, b * T, d_in]
-        low = torch.bmm(owner.drop(grouped), self.A.mT)  # [K, b * T, r]
-        return torch.bmm(low, self.B.mT).view(*x.shape[:-1], -1)
+    def _joint(self, x: Tensor, y: Tensor, owner: JointAdapters) -> Tensor:
+        """x [K * b, T, d_in] and W x, K equal groups of rows: two batched products, the sum in the second."""
+        groups = len(self.A)
+        grouped = x.reshape(groups, -1, x.shape[-1]).to(self.A.dtype)  # [K, b * T, d_in]
+        low = owner.scale * torch.bmm(owner.drop(grouped), self.A.mT)  # [K, b * T, r]
+        wide = torch.baddbmm(y.reshape(groups, -1, y.shape[-1]).to(low.dtype), low, self.B.mT)
+        return wide.view(y.shape).to(y.dtype)
 
-    def _simulated(self, x: Tensor, owner: JointAdapters) -> Tensor:
-        """x [M * b, T, d_in], M equal groups of rows, one for each row of the coefficients [M, K]."""
+    def _simulated(self, x: Tensor, y: Tensor, owner: JointAdapters) -> Tensor:
+        """x [M * b, T, d_in] and W x, M equal groups of rows, one for each row of the coefficients [M, K]."""
         gates = owner.coefficients
         assert gates is not None
         rank = self.A.shape[1]
         low = F.linear(x.to(self.A.dtype), self.A.flatten(0, 1))  # [M * b, T, K * r]
-        low = low.unflatten(0, (len(gates), -1)) * gates.repeat_interleave(rank, dim=1)[:, None, None, :]
+        low = low.unflatten(0, (len(gates), -1)) * self._gate_columns(gates, rank, owner.scale)
         stacked = self.B.transpose(0, 1).reshape(self.B.shape[1], -1)  # [d_out, K * r]
-        return F.linear(low.flatten(0, 1), stacked)
+        flat = y.reshape(-1, y.shape[-1]).to(low.dtype)
+        return torch.addmm(flat, low.reshape(len(flat), -1), stacked.T).view(y.shape).to(y.dtype)
+
+    @staticmethod
+    def _gate_columns(gates: Tensor, rank: int, scale: float) -> Tensor:
+        """[M, K] to s * u_mk in each of adapter k's r columns, [M, 1, 1, K * r]."""
+        return (scale * gates).repeat_interleave(rank, dim=1)[:, None, None, :]
 
     def delta(self, u: Tensor) -> Tensor:
         """sum_c u_c B_c A_c (without the scale), u [K] to [d_out, d_in]."""
@@ -135,10 +144,11 @@ class JointAdapters:
         """Inverted dropout on [K, rows, d], each group with its adapter's own generator."""
         if self.dropout == 0.0:
             return grouped
+        keep = 1 - self.dropout
         mask = torch.empty_like(grouped)
         for group, generator in zip(mask, self._dropout_generators, strict=True):
-            group.bernoulli_(1 - self.dropout, generator=generator)
-        return grouped * mask / (1 - self.dropout)
+            group.bernoulli_(keep, generator=generator)
+        return grouped * mask.div_(keep)
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Clip each adapter's gradient to ``max_norm`` by its own norm; returns the norms [K]."""
