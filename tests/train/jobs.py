@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -99,9 +100,13 @@ class Job:
         return max((line.step for line in self.run.train_lines()), default=0)
 
     def pool_workers(self) -> list[int]:
-        """Process ids of this launch's pool workers."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child.pid for child in children if "opmix_dist.pool.worker" in child.cmdline()]
+        """Process ids of this launch's living pool workers."""
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it may end while we look
+                if "opmix_dist.pool.worker" in child.cmdline():
+                    found.append(child.pid)
+        return found
 
 
 def complete(config: dict[str, Any], ranks: int, *, overrides: tuple[str, ...] = ()) -> RunDir:

@@ -194,6 +194,54 @@ def test_inline_search_on_one_process_agrees_with_the_pool(
         assert ours.simulated[name] == pytest.approx(theirs.simulated[name], rel=1e-3)
 
 
+def test_two_pool_ranks_share_the_work_and_survive_the_death_of_one(
+    finished: RunDir, tiny_data: Path, tmp_path: Path
+) -> None:
+    job = Job(tiny_config(tiny_data, tmp_path / "run", pool={"ranks": 2}), ranks=4)
+    job.wait_until(lambda: in_search(job) and len(job.pool_workers()) == 2, "two workers that search")
+    before = set(job.pool_workers())
+    os.kill(max(before), signal.SIGKILL)
+    job.wait_until(lambda: not before & set(job.pool_workers()), "both workers started again")
+    assert job.finish() == 0, job.log()
+    ours, theirs = job.run.search("0001").proposal(), finished.search("0001").proposal()
+    assert ours.weights == pytest.approx(theirs.weights, abs=1e-3)
+    assert ours.simulated == pytest.approx(theirs.simulated, rel=1e-5)
+
+
+def test_a_run_continues_on_another_number_of_trainers(
+    finished: RunDir, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(tiny_data, tmp_path / "run")
+    job = Job(config, ranks=3)
+    job.wait_until(lambda: bool(job.run.complete_checkpoints()), "a checkpoint")
+    job.kill()
+    config["pool"]["ranks"] = 0
+    run = complete(config, ranks=1)
+    assert run.summary().world_size == 1
+    assert run.summary().domain_tokens == finished.summary().domain_tokens
+    for found, expected in zip(run.train_lines(), finished.train_lines(), strict=True):
+        assert found.loss == pytest.approx(expected.loss, rel=1e-3)
+        assert found.domain_loss.keys() == expected.domain_loss.keys()
+
+
+def test_a_snapshot_that_cannot_be_written_fails_the_search_only(tiny_data: Path, tmp_path: Path) -> None:
+    """And the cosine schedule and TensorBoard's events, which need a run of their own anyway."""
+    config = tiny_config(
+        tiny_data,
+        tmp_path / "run",
+        pool={"ranks": 0},
+        schedule={"name": "cosine", "warmup_steps": 2},
+        logging={"tensorboard": True},
+    )
+    job = Job(config, ranks=1)
+    job.wait_until(job.run.config_file.exists, "the run directory")
+    job.run.snapshots.write_text("a file where a folder should be")
+    assert job.finish() == 0, job.log()
+    assert "the snapshot could not be written" in job.run.mixtures()[1].why
+    assert job.steps_done() == STEPS
+    assert list((job.run.path / "metrics" / "tensorboard").glob("events.out.tfevents.*"))
+
+
 def test_training_goes_on_during_an_asynchronous_search(tiny_data: Path, tmp_path: Path) -> None:
     config = tiny_config(tiny_data, tmp_path / "run")
     config["search"]["mode"] = "async"
