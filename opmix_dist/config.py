@@ -86,7 +86,9 @@ class TrainConfig(Section):
     micro_batch_size: int = Field(ge=1, description="samples per forward pass on one rank")
     log_interval_steps: int = Field(10, ge=1, description="steps between printed lines where there is no bar")
     eval_interval_steps: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
-    eval_samples_per_domain: int = Field(64, ge=1, description="held-out samples per domain, always the same")
+    eval_samples_per_domain: int = Field(
+        64, ge=1, description="held-out samples per domain in reported losses"
+    )
 
     @model_validator(mode="after")
     def _divisible(self) -> TrainConfig:
@@ -128,7 +130,9 @@ class ProbeConfig(Section):
 class CandidateConfig(Section):
     count: int = Field(20, ge=1, description="candidate mixtures (paper: 12 to 20)")
     dirichlet_alpha: float = Field(1.0, gt=0, description="concentration of the Dirichlet over components")
-    samples_per_domain: int = Field(64, ge=1, description="held-out samples per domain for each candidate")
+    samples_per_domain: int = Field(
+        64, ge=1, description="held-out samples per domain; never the reported ones"
+    )
     batch_size: int = Field(16, ge=1, description="samples per forward pass and candidate")
     joint: int = Field(4, ge=1, description="candidates per forward pass (low-rank path)")
     method: Literal["auto", "lowrank", "merge"] = Field(

@@ -188,15 +188,20 @@ class MixtureLoader:
 
 
 def eval_batches(
-    catalogue: Catalogue, *, samples_per_domain: int, seed: int, split: Split = "eval"
+    catalogue: Catalogue, *, samples_per_domain: int, seed: int, skip: int = 0, split: Split = "eval"
 ) -> EvalSet:
     """Fixed held-out samples: the first of a seeded permutation of each domain, fewer if it has fewer.
 
     The same for every caller with the same arguments. A domain's samples depend on no other domain, and
     those for a smaller ``samples_per_domain`` are among those for a larger one.
 
+    Args:
+        samples_per_domain: at most this many of each.
+        skip: leave out this many at the start of each permutation, which another caller takes.
+
     Raises:
-        UserError: ``samples_per_domain`` below 1, or shards that are missing or damaged.
+        UserError: ``samples_per_domain`` below 1, a domain with no sample beyond ``skip``, or shards that
+            are missing or damaged.
     """
     if samples_per_domain < 1:
         raise UserError(f"samples_per_domain is {samples_per_domain}: give at least 1")
@@ -204,7 +209,12 @@ def eval_batches(
     chosen: list[tuple[int, int]] = []
     for domain, name in enumerate(catalogue.names):
         order = np.random.default_rng(derive_seed(seed, "eval", name)).permutation(len(reader.splits[domain]))
-        chosen += [(domain, sample) for sample in order[:samples_per_domain].tolist()]
+        if len(order) <= skip:
+            raise UserError(
+                f"domain {name} has {len(order)} held-out samples and the search takes {skip}: lower "
+                "search.candidates.samples_per_domain, or prepare it with a larger --eval-fraction"
+            )
+        chosen += [(domain, sample) for sample in order[skip : skip + samples_per_domain].tolist()]
     tokens = np.stack([reader.read(domain, sample) for domain, sample in chosen]).astype(np.int64)
     return EvalSet(torch.from_numpy(tokens), torch.tensor([domain for domain, _ in chosen]))
 

@@ -169,6 +169,8 @@ class Summary(Record):
     domain_tokens: dict[str, int]
     final_loss: dict[str, float]
     final_stderr: dict[str, float]
+    final_search_loss: dict[str, float]
+    """On the held-out samples that searches evaluate candidates on; those of ``final_loss`` are others."""
     mixture: dict[str, float]
     costs: dict[str, PhaseCost]
     parameters: int

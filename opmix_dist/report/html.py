@@ -163,7 +163,7 @@ class _Report:
     def searches(self) -> list[Html]:
         if not self.run.searches:
             return [page.section("Searches", page.caption(self._no_search()))]
-        realised = self.run.final.loss if self.run.summary and self.run.final else {}
+        realised = self.run.summary.final_search_loss if self.run.summary else {}
         return [search_section(view, realised, self.colours, self.figures) for view in self.run.searches]
 
     def _no_search(self) -> str:

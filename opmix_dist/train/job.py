@@ -14,7 +14,7 @@ import transformers
 from opmix_dist import __version__
 from opmix_dist.config import RunConfig, changed_settings
 from opmix_dist.data.catalogue import Catalogue, tokenizer_fingerprint
-from opmix_dist.data.loader import MixtureLoader, eval_batches
+from opmix_dist.data.loader import EvalSet, MixtureLoader, eval_batches
 from opmix_dist.distributed import Placement, Role, World
 from opmix_dist.engines.base import Engine
 from opmix_dist.engines.build import build_engine
@@ -127,9 +127,10 @@ class Job:
             return
         trainer = self._build()
         last = trainer.fit()
+        search_losses = trainer.losses_by_domain(self._search_samples())
         self._export(trainer.engine)
         if self.world.is_leader:
-            self._sum_up(trainer, last)
+            self._sum_up(trainer, last, search_losses)
         self.world.barrier()
         if lock is not None:
             lock.close()
@@ -197,9 +198,7 @@ class Job:
             engine=engine,
             catalogue=catalogue,
             loader=loader,
-            heldout=eval_batches(
-                catalogue, samples_per_domain=config.train.eval_samples_per_domain, seed=config.seed
-            ),
+            heldout=self._report_samples(),
             policy=POLICIES[config.mixture.policy](around),
             callbacks=self._callbacks(checkpointer),
             state=state,
@@ -221,6 +220,24 @@ class Job:
             seed=derive_seed(self.config.seed, "weights"),
         )
         return build_engine(self.config, model, self.world, self.catalogue.sequence_length)
+
+    def _search_samples(self) -> EvalSet:
+        """Held-out samples that candidates are evaluated on."""
+        return eval_batches(
+            self.catalogue,
+            samples_per_domain=self.config.search.candidates.samples_per_domain,
+            seed=self.config.seed,
+        )
+
+    def _report_samples(self) -> EvalSet:
+        """Held-out samples of the reported losses: others than the search chose its mixture on, also where
+        there is no search, so that runs can be compared."""
+        return eval_batches(
+            self.catalogue,
+            samples_per_domain=self.config.train.eval_samples_per_domain,
+            seed=self.config.seed,
+            skip=self.config.search.candidates.samples_per_domain,
+        )
 
     def _max_epochs(self) -> dict[str, float] | None:
         limit = self.config.data.max_epochs
@@ -282,7 +299,7 @@ class Job:
             self.catalogue.load_tokenizer().save_pretrained(self.run.export)
             files.mark_complete(self.run.export, {"step": self.config.train.steps})
 
-    def _sum_up(self, trainer: Trainer, last: EvalLine) -> None:
+    def _sum_up(self, trainer: Trainer, last: EvalLine, search_losses: dict[str, torch.Tensor]) -> None:
         """summary.json, which tells the pool that the run has ended, and the report."""
         state = trainer.state
         summary = Summary(
@@ -291,6 +308,7 @@ class Job:
             domain_tokens=state.domain_tokens,
             final_loss=last.loss,
             final_stderr=last.stderr,
+            final_search_loss={name: float(part.mean()) for name, part in search_losses.items()},
             mixture=state.weights,
             costs=trainer.ledger.costs,
             parameters=trainer.engine.num_parameters,

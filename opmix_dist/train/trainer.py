@@ -128,13 +128,7 @@ class Trainer:
         """Collective. Mean held-out loss per domain, always on the same samples; once for each step."""
         if self._last_evaluation is not None and self._last_evaluation.step == self.state.step:
             return self._last_evaluation
-        tokens, ids = self.heldout.tokens, self.heldout.domain_ids
-        with self.ledger.timed("held-out evaluation"):
-            losses = self.engine.evaluate(tokens, self.config.train.micro_batch_size)  # [N] float64
-        self.ledger.add(
-            "held-out evaluation", flops=tokens.numel() * self.engine.flops.forward, tokens=tokens.numel()
-        )
-        by_domain = {name: losses[ids == i] for i, name in enumerate(self.catalogue.names)}
+        by_domain = self.losses_by_domain(self.heldout)
         line = EvalLine(
             step=self.state.step,
             tokens=self.state.tokens,
@@ -144,6 +138,16 @@ class Trainer:
         self._last_evaluation = line
         self._announce("on_evaluation", line)
         return line
+
+    def losses_by_domain(self, samples: EvalSet) -> dict[str, Tensor]:
+        """Collective. Mean loss of each sample, float64, by domain."""
+        tokens = samples.tokens
+        with self.ledger.timed("held-out evaluation"):
+            losses = self.engine.evaluate(tokens, self.config.train.micro_batch_size)  # [N] float64
+        self.ledger.add(
+            "held-out evaluation", flops=tokens.numel() * self.engine.flops.forward, tokens=tokens.numel()
+        )
+        return {name: losses[samples.domain_ids == i] for i, name in enumerate(self.catalogue.names)}
 
     def save_checkpoint(self, checkpointer: Checkpointer) -> None:
         """Collective."""
@@ -166,6 +170,7 @@ class Trainer:
             for callback in self.callbacks:
                 callback.close()
             self.policy.close()
+            self.loader.close()
 
 
 def _standard_error(losses: Tensor) -> float:

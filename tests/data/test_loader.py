@@ -221,6 +221,17 @@ def test_eval_samples_are_fixed_and_nested(catalogue: Catalogue) -> None:
     assert not torch.equal(few.tokens, eval_batches(catalogue, samples_per_domain=3, seed=2).tokens)
 
 
+def test_skipped_eval_samples_are_those_of_the_other_caller(catalogue: Catalogue) -> None:
+    first, all_five = (eval_batches(catalogue, samples_per_domain=n, seed=1) for n in (2, 5))
+    rest = eval_batches(catalogue, samples_per_domain=3, seed=1, skip=2)
+    assert torch.equal(rest.tokens, all_five.tokens[[2, 3, 4, 7, 8, 9, 12, 13, 14]])
+    assert not {row.numpy().tobytes() for row in first.tokens} & {
+        row.numpy().tobytes() for row in rest.tokens
+    }
+    with pytest.raises(UserError, match="has 9 held-out samples and the search takes 9"):
+        eval_batches(catalogue, samples_per_domain=3, seed=1, skip=9)
+
+
 def test_eval_samples_do_not_depend_on_other_domains(catalogue: Catalogue) -> None:
     alone = Catalogue(catalogue.root, ("code",), {"code": catalogue.domains["code"]})
     full = eval_batches(catalogue, samples_per_domain=4, seed=1)

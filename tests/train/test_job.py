@@ -99,7 +99,7 @@ def test_export_loads_with_transformers_and_scores_the_reported_loss(
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(finished.export).eval()
     catalogue = Catalogue.open(tiny_data, DOMAINS)
-    heldout = eval_batches(catalogue, samples_per_domain=4, seed=0)
+    heldout = eval_batches(catalogue, samples_per_domain=4, seed=0, skip=4)
     losses = mean_losses_per_sample(model, heldout.tokens, 4)
     for index, name in enumerate(DOMAINS):
         expected = finished.summary().final_loss[name]
