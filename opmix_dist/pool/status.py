@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 from opmix_dist.exchange.rundir import SearchDir, write_record
 from opmix_dist.exchange.schemas import SearchStage, SearchStatus
 
+log = logging.getLogger(__name__)
 WRITE_INTERVAL_S = 0.5  # often enough for a person who watches, rare enough for a shared file system
+LOG_INTERVAL_S = 30.0
 
 
 class StatusWriter:
@@ -16,19 +19,29 @@ class StatusWriter:
     def __init__(self, search: SearchDir, *, writes: bool) -> None:
         self._search, self._writes = search, writes
         self._beat = 0
-        self._last_write = 0.0
+        self._last_write = self._last_log = 0.0
 
     def enter(self, stage: SearchStage, *, total: int = 0, reason: str = "") -> None:
-        """Move to a stage; written at once."""
+        """Move to a stage; written and logged at once."""
         self._stage, self._total, self._done = stage, total, 0
         self._write(reason)
+        self._log()
 
     def advance(self, done: int | None = None) -> None:
         """One more piece of work is done; written at most every half second."""
         self._beat += 1
         self._done = self._done + 1 if done is None else done
-        if time.monotonic() - self._last_write >= WRITE_INTERVAL_S:
+        now = time.monotonic()
+        if now - self._last_write >= WRITE_INTERVAL_S:
             self._write()
+        if now - self._last_log >= LOG_INTERVAL_S:
+            self._log()
+
+    def _log(self) -> None:
+        if self._writes:
+            self._last_log = time.monotonic()
+            count = f" {self._done}/{self._total}" if self._total else ""
+            log.info("search %s: %s%s", self._search.name, self._stage, count)
 
     def _write(self, reason: str = "") -> None:
         if not self._writes:

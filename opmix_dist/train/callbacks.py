@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
-from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, TrainLine
+from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, SearchStatus, TrainLine
 
 if TYPE_CHECKING:
     from opmix_dist.train.checkpoint import Checkpointer
@@ -91,6 +91,12 @@ class ProgressReporter(Callback):
             self.bar.update(self.task, completed=line.step, description=shown)
         elif line.step % self.interval_steps == 0 or line.step == trainer.config.train.steps:
             self.console.print(f"step {line.step:>6}/{trainer.config.train.steps}  {text}")
+
+    def on_search(self, search: str, status: SearchStatus | None) -> None:
+        """A search's answer is awaited; its progress is the text of the bar; else the pool logs it."""
+        if self.console.is_terminal:
+            stage = f"{status.stage} {status.done}/{status.total}" if status else "requested"
+            self.bar.update(self.task, description=f"search {search}: {stage}")
 
     def on_mixture(self, trainer: Trainer, record: MixtureRecord) -> None:
         self.console.print(f"step {record.step:>6}  mixture {mixture_text(record.weights)}  ({record.why})")

@@ -190,7 +190,8 @@ class Job:
         )
         state = self._restore(engine, checkpointer, loader)
         ledger = Ledger(world.size, state.costs)
-        around = Surroundings(self.run, config, world, engine, catalogue, ledger)
+        reporter = ProgressReporter(config.train.log_interval_steps)
+        around = Surroundings(self.run, config, world, engine, catalogue, ledger, reporter.on_search)
         return Trainer(
             run=self.run,
             config=config,
@@ -200,7 +201,7 @@ class Job:
             loader=loader,
             heldout=self._report_samples(),
             policy=POLICIES[config.mixture.policy](around),
-            callbacks=self._callbacks(checkpointer),
+            callbacks=self._callbacks(reporter, checkpointer),
             state=state,
             recorded=self._recorded(),
             ledger=ledger,
@@ -274,12 +275,12 @@ class Job:
         schedule = (MixtureRecord.model_validate_json(line) for line in lines)
         return {record.step: record for record in schedule}
 
-    def _callbacks(self, checkpointer: Checkpointer) -> list[Callback]:
+    def _callbacks(self, reporter: ProgressReporter, checkpointer: Checkpointer) -> list[Callback]:
         """Checkpoints come last: what a checkpoint's step has logged is on disk before it counts."""
         callbacks: list[Callback] = []
         if self.world.is_leader:
             logging_config = self.config.logging
-            callbacks += [JsonlLogger(), ProgressReporter(self.config.train.log_interval_steps)]
+            callbacks += [JsonlLogger(), reporter]
             if logging_config.tensorboard:
                 callbacks.append(TensorBoardLogger(str(self.run.path / "metrics" / "tensorboard")))
             if logging_config.wandb_project:

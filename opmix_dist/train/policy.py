@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from opmix_dist.engines.base import Engine
 from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import RunDir, SearchDir, write_record
-from opmix_dist.exchange.schemas import MixtureRecord, SearchRequest, SearchStage
+from opmix_dist.exchange.schemas import MixtureRecord, SearchRequest, SearchStage, SearchStatus
 from opmix_dist.ledger import Ledger
 from opmix_dist.pool.run_search import Searcher
 from opmix_dist.search.proposal import repetition_caps
@@ -39,6 +39,8 @@ class Surroundings:
     engine: Engine
     catalogue: Catalogue
     ledger: Ledger
+    on_search: Callable[[str, SearchStatus | None], None]
+    """Told the search's name and status while its answer is awaited; on the leader."""
 
 
 class MixturePolicy(ABC):
@@ -183,6 +185,7 @@ class OpMixPolicy(MixturePolicy):
             return self._kept(state, str(error))
         if status is not None and status.stage is SearchStage.FAILED:
             return self._kept(state, status.reason)
+        self.around.on_search(self.SEARCH, status)
         silent = self.pulse.silence(status)
         return self._kept(state, f"the pool gave no sign of life for {silent:.0f} s") if silent else ""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.exchange.schemas import SearchStage
 from opmix_dist.models.loss import mean_losses_per_sample
 from tests.conftest import DOMAINS
+from tests.helpers import ROOT
 from tests.train.jobs import BATCH, LENGTH, SEARCH_STEP, STEPS, Job, complete, tiny_config
 
 pytestmark = pytest.mark.launch
@@ -182,6 +185,35 @@ def test_an_external_pool_that_goes_silent_is_given_up(tiny_data: Path, tmp_path
     run = complete(config, ranks=2)
     assert "no sign of life for 3 s" in run.mixtures()[1].why
     assert run.summary().steps == STEPS
+
+
+def test_an_external_pool_answers_and_ends_with_the_run(
+    finished: RunDir, tiny_data: Path, tmp_path: Path
+) -> None:
+    job = Job(tiny_config(tiny_data, tmp_path / "run", pool={"ranks": 0, "external": True}), ranks=2)
+    command = [sys.executable, "-m", "opmix_dist.cli", "pool", "--run", str(job.run.path)]
+    pool = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        assert job.finish() == 0, job.log()
+        assert pool.wait(30) == 0
+    finally:
+        pool.kill()
+    assert schedule(job.run) == schedule(finished)
+
+
+def test_training_starts_from_a_checkpoint_of_another_run(
+    finished: RunDir, tiny_data: Path, tmp_path: Path
+) -> None:
+    """On fixed weights, without a search."""
+    config = tiny_config(tiny_data, tmp_path / "run", pool={"ranks": 0}, model={"config": None})
+    config["model"]["checkpoint"] = str(finished.export)
+    config["mixture"] = {"policy": "static", "initial": {"prose": 0.75, "python": 0.25}}
+    config["train"]["steps"] = 2
+    config["data"]["num_workers"] = 1
+    run = complete(config, ranks=1)
+    assert run.train_lines()[0].loss < finished.train_lines()[0].loss - 0.3
+    assert run.summary().domain_tokens == {"json": 0, "prose": 12 * LENGTH, "python": 4 * LENGTH}
+    assert run.search_dirs() == []
 
 
 def test_inline_search_on_one_process_agrees_with_the_pool(
