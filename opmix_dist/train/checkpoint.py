@@ -50,10 +50,10 @@ class Checkpointer:
         """
         self.wait()
         folder = self.run.checkpoint(state.step)
-        if self.world.is_leader:
-            files.remove_folder(folder)
-            write_record(folder / STATE_FILE, state)
-        self.world.barrier()
+        failure = self.world.share_text(self._begin(folder, state) if self.world.is_leader else None)
+        if failure:
+            log.warning("the checkpoint of step %d failed: %s", state.step, failure)
+            return
         future = dcp.async_save(
             {"engine": engine.state_dict()}, checkpoint_id=folder, process_group=self.group
         )
@@ -63,6 +63,15 @@ class Checkpointer:
             future.add_done_callback(lambda done: self._finish(state.step, done))
         if not self.config.asynchronous:
             self.wait()
+
+    def _begin(self, folder: Path, state: TrainerState) -> str:
+        """On the leader: a fresh folder with the trainer's state; why it could not be made, or ""."""
+        try:
+            files.remove_folder(folder)
+            write_record(folder / STATE_FILE, state)
+        except OSError as error:
+            return str(error)
+        return ""
 
     def _finish(self, step: int, done: Future[Any]) -> None:
         """On the leader, in the saving thread. DCP's coordinator is done when every rank has written."""

@@ -83,7 +83,6 @@ class OpMixPolicy(MixturePolicy):
         super().__init__(around)
         self.search: SearchDir = around.run.search(self.SEARCH)
         self.start = around.config.search_step
-        self.pulse = Pulse(around.config.pool.heartbeat_timeout_s)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
         self._written: Future[None] | None = None
         self._asked = False
@@ -111,6 +110,7 @@ class OpMixPolicy(MixturePolicy):
         """Snapshot and request; the leader writes both in the background. Collective."""
         self._asked = True
         around = self.around
+        self.pulse = Pulse(around.config.pool.heartbeat_timeout_s)
         with around.ledger.timed("snapshots"):
             parameters = around.engine.full_parameters()
         if parameters is not None:
@@ -183,6 +183,9 @@ class OpMixPolicy(MixturePolicy):
                 return self._proposed(state)
         except UserError as error:  # half a file is impossible, so this is nonsense
             return self._kept(state, str(error))
+        except OSError as error:  # could not ask: nothing new is known
+            log.warning("cannot look at search %s (%s): trying again", self.SEARCH, error)
+            status = self.pulse.last
         if status is not None and status.stage is SearchStage.FAILED:
             return self._kept(state, status.reason)
         self.around.on_search(self.SEARCH, status)
@@ -224,14 +227,14 @@ class Pulse:
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
-        self._last: object = self  # equal to no status
+        self.last: SearchStatus | None = None
         self._since = time.monotonic()
 
-    def silence(self, status: object) -> float:
+    def silence(self, status: SearchStatus | None) -> float:
         """Seconds without a change of the status once they exceed the timeout, else 0."""
         now = time.monotonic()
-        if status != self._last:
-            self._last, self._since = status, now
+        if status != self.last:
+            self.last, self._since = status, now
         silent = now - self._since
         return silent if silent > self.timeout_s else 0.0
 
