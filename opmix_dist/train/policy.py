@@ -174,6 +174,7 @@ class OpMixPolicy(MixturePolicy):
         """On the leader: the decision as JSON, or "" while the search is under way."""
         if self._written is not None:
             if not self._written.done():
+                self.pulse.restart()  # there is nothing to answer yet
                 return ""
             if failure := self._snapshot_failure():
                 return self._kept(state, failure)
@@ -228,6 +229,10 @@ class Pulse:
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self.last: SearchStatus | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now."""
         self._since = time.monotonic()
 
     def silence(self, status: SearchStatus | None) -> float:
