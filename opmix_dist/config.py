@@ -128,7 +128,10 @@ class ProbeConfig(Section):
 
 
 class CandidateConfig(Section):
-    count: int = Field(20, ge=1, description="candidate mixtures (paper: 12 to 20)")
+    count: int = Field(20, ge=2, description="candidate mixtures (paper: 12 to 20)")
+    include_current: bool = Field(
+        True, description="make the current mixture the first candidate; the paper's are Dirichlet draws only"
+    )
     dirichlet_alpha: float = Field(1.0, gt=0, description="concentration of the Dirichlet over components")
     samples_per_domain: int = Field(
         64, ge=1, description="held-out samples per domain; never the reported ones"

@@ -117,6 +117,8 @@ class Proposal(Record):
     """Loss per domain of the snapshot itself (no adapter), on the same tokens."""
     predicted_current: dict[Name, Finite]
     """Loss per domain that the laws predict for staying on the current mixture."""
+    simulated_current: dict[Name, Finite]
+    """Loss per domain of the simulated model that stays, measured like ``simulated``."""
     objective: Finite
     kl: Finite | None
     """KL(x || prior); None where it is infinite (a prior of 0 and no KL term)."""

@@ -38,7 +38,7 @@ from opmix_dist.pool.status import StatusWriter
 from opmix_dist.search.laws import LawFit, fit_log_linear
 from opmix_dist.search.proposal import Proposal as Solution
 from opmix_dist.search.proposal import propose
-from opmix_dist.search.simplex import sample_candidates
+from opmix_dist.search.simplex import OLD, sample_candidates
 from opmix_dist.seeds import derive_seed
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class _Search:
         losses = self._evaluate(self.U, SearchStage.EVALUATING)
         base = self._evaluate(np.zeros((1, len(self.request.components))))
         solution = self._solve(losses)
-        landed = self._evaluate(solution[None])
+        landed = self._evaluate(np.stack([solution, self.stay]))
         if self.world.is_leader:
             self._write(losses, base, landed)
 
@@ -111,12 +111,25 @@ class _Search:
         with self.ledger.timed("load snapshot"):
             self.model = self._load_model()
         self.flops = count_flops(self.model, self.catalogue.sequence_length, settings.probes.rank)
-        self.U = sample_candidates(
-            len(self.request.components),
-            settings.candidates.count,
+        self.U = self._candidates()
+
+    def _candidates(self) -> np.ndarray:
+        """U [M, C]. The current mixture is one of them by default: Dirichlet draws over many components lie
+        far from it, and a law that has to extrapolate to it misjudges what moving gains."""
+        settings, count = self.config.search.candidates, len(self.request.components)
+        fixed = self.stay[None] if settings.include_current else np.zeros((0, count))
+        drawn = sample_candidates(
+            count,
+            settings.count - len(fixed),
             seed=derive_seed(self.request.seed, "candidates"),
-            alpha=settings.candidates.dirichlet_alpha,
+            alpha=settings.dirichlet_alpha,
         )
+        return np.vstack([fixed, drawn])
+
+    @property
+    def stay(self) -> np.ndarray:
+        """Coefficients [C] of going on as before: the component `old` alone."""
+        return np.eye(len(self.request.components))[self.request.components.index(OLD)]
 
     def _load_model(self) -> PreTrainedModel:
         model = load_snapshot(
@@ -317,7 +330,6 @@ class _Search:
         def by_domain(values: np.ndarray) -> dict[str, float]:
             return dict(zip(request.domains, map(float, values), strict=True))
 
-        stay = np.eye(len(request.components))[0]  # the component `old` alone
         return Proposal(
             search=request.search,
             step=request.step,
@@ -327,7 +339,8 @@ class _Search:
             predicted=by_domain(solution.predicted),
             simulated=by_domain(landed.loss[0]),
             snapshot=by_domain(base.loss[0]),
-            predicted_current=by_domain(self.fit.law.predict(stay[None])[0]),
+            predicted_current=by_domain(self.fit.law.predict(self.stay[None])[0]),
+            simulated_current=by_domain(landed.loss[1]),
             objective=float(solution.objective),
             kl=_finite(np.array([solution.kl_divergence]))[0],
             horizon_tokens=self._probe_tokens(),

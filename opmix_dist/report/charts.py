@@ -218,14 +218,21 @@ def proposed_mixture(proposal: Proposal, colours: Mapping[str, str]) -> go.Figur
     )
 
 
-LANDINGS = {"staying": "circle-open", "predicted": "diamond", "simulated": "square-open", "realised": "star"}
+LANDINGS = {
+    "staying, predicted": "circle-open",
+    "staying, simulated": "circle",
+    "moving, predicted": "diamond-open",
+    "moving, simulated": "diamond",
+    "realised": "star",
+}
 """Marker of each loss that belongs to a proposal, in the order in which they are learnt."""
 
 
 def landing_losses(proposal: Proposal, realised: Mapping[str, float]) -> dict[str, Mapping[str, float]]:
     """The losses by domain that belong to a proposal, keyed as LANDINGS."""
-    losses = (proposal.predicted_current, proposal.predicted, proposal.simulated, realised)
-    return dict(zip(LANDINGS, losses, strict=True))
+    staying = (proposal.predicted_current, proposal.simulated_current)
+    moving = (proposal.predicted, proposal.simulated)
+    return dict(zip(LANDINGS, (*staying, *moving, realised), strict=True))
 
 
 def landing(

@@ -55,11 +55,11 @@ def _proposal(
 
 
 _LANDING = (
-    "Change from the snapshot that the search started from. ○ staying on the old mixture, by the law; ◆ the "
-    "proposal, by the law; □ the proposal, simulated by interpolated adapters and measured; ★ realised by "
-    "the end of the run. Law and simulation describe the same model and should agree. Both look {horizon} "
-    "tokens ahead, at the learning rate of the probes, so neither is expected to equal the final loss. All "
-    "are measured on the search's held-out samples, which the losses above leave out."
+    "Change from the snapshot that the search started from: ○ staying on the old mixture and ◇ moving to the "
+    "proposal, as the law predicts (open) and as measured on the model simulated by interpolated adapters "
+    "(● ◆); ★ realised by the end of the run. Law and simulation describe the same model and should agree. "
+    "Both look {horizon} tokens ahead, at the learning rate of the probes, so neither is expected to equal "
+    "the final loss. All are measured on the search's held-out samples, which the losses above leave out."
 )
 
 

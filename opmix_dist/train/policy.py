@@ -197,11 +197,11 @@ class OpMixPolicy(MixturePolicy):
         proposal = self.search.proposal()
         if set(proposal.weights) != set(state.weights):
             return self._kept(state, f"{self.search.proposal_file} names other domains than the run's")
-        gain = np.mean([proposal.predicted_current[d] - proposal.predicted[d] for d in proposal.weights])
+        gain = np.mean([proposal.simulated_current[d] - proposal.simulated[d] for d in proposal.weights])
         return self._record(
             state,
             weights={name: proposal.weights[name] for name in state.weights},
-            why=f"search {self.SEARCH}: predicted mean loss {gain:.4f} below staying on the mixture",
+            why=f"search {self.SEARCH}: simulated mean loss {gain:.4f} below staying on the mixture",
         )
 
     def _kept(self, state: TrainerState, reason: str) -> str:

@@ -25,7 +25,7 @@ def finished(tmp_path: Path) -> RunDir:
     """A finished run with one search."""
     writer = RunWriter(tmp_path / "opmix").mixture(0, UNIFORM, "mixture.initial: uniform")
     writer.search()
-    writer.mixture(20, PROPOSED, "search 0001: predicted mean loss 0.0200 below staying", search="0001")
+    writer.mixture(20, PROPOSED, "search 0001: simulated mean loss 0.0180 below staying", search="0001")
     writer.training().evaluation(50, [4.0, 1.8, 4.1]).evaluation(100, [3.52, 1.3, 3.9])
     writer.summary(
         [3.52, 1.3, 3.9], {"train": PhaseCost(seconds=11, device_seconds=22, flops=6e12, tokens=100_000)}

@@ -180,6 +180,7 @@ def _proposal(name: str, u: np.ndarray) -> Proposal:
         simulated={domain: loss + 0.003 for domain, loss in predicted.items()},
         snapshot={domain: loss + 0.2 for domain, loss in predicted.items()},
         predicted_current={domain: loss + 0.02 for domain, loss in predicted.items()},
+        simulated_current={domain: loss + 0.021 for domain, loss in predicted.items()},
         objective=3.0,
         kl=0.1,
         horizon_tokens=51_200,

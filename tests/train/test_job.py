@@ -80,8 +80,12 @@ def test_candidates_are_a_row_each_and_paired(finished: RunDir) -> None:
     assert all(
         sum(row[f"x_{d}"] for d in DOMAINS) == pytest.approx(1) for row in table if row["candidate"] >= 0
     )
+    proposal = finished.search("0001").proposal()
     by_domain = {row["domain"]: row["loss"] for row in table if row["kind"] == "proposal"}
-    assert by_domain == finished.search("0001").proposal().simulated
+    assert by_domain == proposal.simulated
+    stays = {row["domain"]: row for row in table if row["candidate"] == 0}
+    assert all(row["u_old"] == 1 for row in stays.values()), "the current mixture is a candidate"
+    assert {name: row["loss"] for name, row in stays.items()} == pytest.approx(proposal.simulated_current)
 
 
 def test_probes_load_with_peft_and_changed_the_model(finished: RunDir, tiny_data: Path) -> None:
