@@ -73,7 +73,7 @@ def digests(root: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+def corpus(streaming: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     folder = tmp_path_factory.mktemp("corpus")
     return {name: [write_texts(folder / name, make_texts(seed, 80))] for seed, name in enumerate("ab")}
 
@@ -272,6 +272,7 @@ def test_a_new_domain_takes_the_tokenizer_of_those_that_are_there(
     assert both.tokenizer_fingerprint == alone != prepared.tokenizer_fingerprint
 
 
+@pytest.mark.usefixtures("streaming")
 def test_a_changed_source_is_noticed(tmp_path: Path) -> None:
     folder = write_texts(tmp_path / "t", make_texts(0, 60))
     prepare(config(tmp_path / "out", {"a": [folder]}), SILENT)
@@ -289,7 +290,7 @@ def small_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.usefixtures("small_files")
+@pytest.mark.usefixtures("streaming", "small_files")
 def test_a_failed_write_is_one_clear_error_and_leaves_nothing(tmp_path: Path) -> None:
     sources = {"a": [write_texts(tmp_path / "a", make_texts(0, 20, words=20))],
                "b": [write_texts(tmp_path / "b", make_texts(1, 200))]}  # fmt: skip
@@ -392,6 +393,7 @@ def test_settings_out_of_range_are_named(settings: dict[str, object], named: str
         config(Path("out"), {"a": ["x"]}, **settings)
 
 
+@pytest.mark.usefixtures("streaming")
 def test_too_little_text_for_one_sample_is_refused(tmp_path: Path) -> None:
     folder = write_texts(tmp_path / "t", make_texts(0, 20))
     with pytest.raises(UserError, match=r"empty domain: a has .* eval documents"):

@@ -15,6 +15,8 @@ from opmix_dist.data.loader import LoadedBatch, MixtureLoader, eval_batches
 from opmix_dist.errors import UserError
 from tests.data.shard_files import VOCAB, T, sample_tokens, write_catalogue
 
+pytestmark = pytest.mark.usefixtures("streaming")
+
 Make = Callable[..., MixtureLoader]
 SIZES = {"web": 40, "code": 25, "maths": 16}
 WEIGHTS = {"web": 0.5, "code": 0.3, "maths": 0.2}

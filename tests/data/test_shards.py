@@ -12,6 +12,8 @@ from opmix_dist.data.shards import ShardedSplit, import_streaming
 from opmix_dist.errors import UserError
 from tests.data.shard_files import T, sample_tokens, write_split
 
+pytestmark = pytest.mark.usefixtures("streaming")
+
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
