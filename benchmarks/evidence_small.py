@@ -3,9 +3,9 @@
     make evidence-small
 
 Trains the model of configs/demo.yaml twice per seed (weights, data order, probes and candidates follow the
-seed; the corpus and its held-out documents stay the same), prints a table of means and standard deviations
-over seeds with paired differences, and writes it to benchmarks/results/evidence_small.{md,json}. A run that
-was finished before is not repeated.
+seed, and so does the choice among the held-out samples; the corpus and its split stay the same), prints a
+table of means and standard deviations over seeds with paired differences, and writes it to
+benchmarks/results/evidence_small.{md,json}. A run that was finished before is not repeated.
 """
 
 from __future__ import annotations
@@ -59,17 +59,16 @@ def prepare() -> None:
 
 
 def train(policy: str, seed: int, folder: Path, overrides: Sequence[str]) -> RunDir:
-    """One run; finished ones return at once."""
+    """One run; ``opmix train`` itself sees that one is finished, and refuses one with other settings."""
     run = RunDir(folder / f"seed{seed}" / policy)
     ranks, settings = POLICIES[policy]
-    if not run.summary_file.exists():
-        print(f"--- {policy}, seed {seed}", flush=True)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command += ["-m", "opmix_dist.cli", "train", "configs/demo.yaml", "--run_dir", str(run.path)]
-        command += ["--seed", str(seed), "--train.eval_interval_steps", "0"]
-        command += ["--train.eval_samples_per_domain", "42", "--train.log_interval_steps", "60"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run([*command, *settings, *overrides], check=True, cwd=ROOT, env=environment)
+    print(f"--- {policy}, seed {seed}", flush=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += ["-m", "opmix_dist.cli", "train", "configs/demo.yaml", "--run_dir", str(run.path)]
+    command += ["--seed", str(seed), "--train.eval_interval_steps", "0"]
+    command += ["--train.eval_samples_per_domain", "42", "--train.log_interval_steps", "60"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, *settings, *overrides], check=True, cwd=ROOT, env=environment)
     return run
 
 
@@ -116,11 +115,16 @@ def table(
         decided = run.mixtures()[-1]
         shares = ", ".join(f"{name} {weight:.1%}" for name, weight in decided.weights.items())
         lines.append(f"- seed {seed}: {shares}{'' if decided.changed else ' (kept: ' + decided.why + ')'}")
-    search = [total_cost(run.search("0001").proposal().costs.values()) for run in runs["opmix"]]
-    training = [run.summary().costs["train"] for run in runs["opmix"]]
-    share = [100 * s.flops / t.flops for s, t in zip(search, training, strict=True)]
-    lines += ["", f"The search cost {spread(share)} % of the training FLOPs on top."]
+    lines += ["", f"The search cost {spread(search_shares(runs['opmix']))} % of the training FLOPs on top."]
     return lines
+
+
+def search_shares(runs: list[RunDir]) -> list[float]:
+    """FLOPs of each run's search in per cent of its training's; failed searches left no costs."""
+    answered = [run for run in runs if run.search("0001").proposal_file.exists()]
+    search = [total_cost(run.search("0001").proposal().costs.values()).flops for run in answered]
+    training = [run.summary().costs["train"].flops for run in answered]
+    return [100 * s / t for s, t in zip(search, training, strict=True)]
 
 
 def spread(values: Sequence[float]) -> str:

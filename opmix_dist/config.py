@@ -101,7 +101,7 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    interval_steps: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
+    interval_steps: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="newest complete checkpoints to keep")
     asynchronous: bool = Field(True, description="write while training goes on")
 
@@ -158,7 +158,7 @@ class ProposalConfig(Section):
         "effective", description="x = C^T u; `paper` takes a domain's probe as the pure domain"
     )
     max_repetitions: float | None = Field(
-        None, gt=0, description="cap on the epochs over a domain in the steps that follow; null: no cap"
+        None, gt=0, description="cap on the epochs over a domain in the whole run; null: no cap"
     )
 
 
@@ -216,10 +216,25 @@ class RunConfig(Section):
         return min(max(1, round(self.search.start_fraction * self.train.steps)), max(1, self.train.steps - 1))
 
 
-# What a resumed run may change: these settings alter neither the data order nor the losses.
-RESUME_MAY_CHANGE = ("run_dir", "resume", "engine", "checkpoint", "pool", "logging", "data.num_workers",
-                     "data.prefetch_batches", "data.root", "train.micro_batch_size",
-                     "train.log_interval_steps")  # fmt: skip
+# What a resumed run may change: these settings alter neither the data order nor, beyond rounding, the losses.
+RESUME_MAY_CHANGE = (
+    "run_dir",
+    "resume",
+    "engine.name",
+    "engine.device",
+    "engine.reshard_after_forward",
+    "engine.activation_checkpointing",
+    "engine.compile",
+    "engine.collective_timeout_s",
+    "checkpoint",
+    "pool",
+    "logging",
+    "data.num_workers",
+    "data.prefetch_batches",
+    "data.root",
+    "train.micro_batch_size",
+    "train.log_interval_steps",
+)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -46,6 +46,8 @@ class Placement:
             UserError: the pool would leave no trainer.
         """
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        if world > 1 and not has_launcher():
+            raise UserError(f"WORLD_SIZE is {world} but torchrun did not start this process: use torchrun")
         trainers = world - pool_ranks
         if trainers < 1:
             raise UserError(
@@ -147,9 +149,14 @@ class World:
         raise PeerError(f"{self.role} rank {source}: {bytes(codes.tolist()).decode(errors='replace')}")
 
 
+def has_launcher() -> bool:
+    """Whether torchrun started this process, or its parent did."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def launch_store() -> dist.Store:
     """The store of this launch: torchrun's, or one in memory for a process that was started alone."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not has_launcher():
         return dist.HashStore()
     store, _, _ = next(dist.rendezvous("env://"))
     return store
@@ -164,6 +171,17 @@ def _device(name: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("engine.device is cuda but torch sees no GPU: set it to cpu or auto")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} has no GPU of its own, this node has {torch.cuda.device_count()}: "
+            "start as many ranks per node as it has GPUs"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def use_deterministic_kernels() -> None:
+    """Before any GPU work; both roles, so that the search repeats as exactly as the training."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses otherwise
+    torch.use_deterministic_algorithms(True)

@@ -46,6 +46,8 @@ def lock_run(folder: Path) -> IO[str]:
         raise UserError(f"{folder} is in use by another run ({file.read().strip()}): stop it first") from None
     except OSError as error:
         log.warning("%s cannot be locked (%s): start one job on it only", folder, error)
+    # a forked reader of the loader would hold the lock on after this process is killed
+    os.register_at_fork(after_in_child=file.close)
     file.truncate(0)
     file.write(f"pid {os.getpid()} on {os.uname().nodename}\n")
     file.flush()

@@ -53,10 +53,15 @@ def read_json(path: Path) -> Any:
 
 
 def append_jsonl(path: Path, value: Any) -> None:
-    """Append one line and fsync it."""
+    """Append one line and fsync it; a torn line that a killed writer left goes first."""
     line = json.dumps(value, allow_nan=False).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
         file.write(line)
         file.flush()
         os.fsync(file.fileno())
@@ -88,7 +93,14 @@ def rewrite_jsonl(path: Path, rows: Iterable[Any]) -> None:
 
 
 def mark_complete(folder: Path, value: Any) -> None:
-    """Write the completion marker, the last file of a folder that is read as a whole."""
+    """Write the completion marker, the last file of a folder that is read as a whole.
+
+    It vouches for the others, which libraries wrote, so they are brought to the disk first.
+    """
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
     write_json(folder / COMPLETE, value)
 
 

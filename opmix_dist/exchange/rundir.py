@@ -143,11 +143,13 @@ class RunDir:
         """The recorded schedule in order, the last line for each step (a step is decided once)."""
         return list({r.step: r for r in read_records(self.mixtures_file, MixtureRecord)}.values())
 
+    # A step that a resumed run has done again counts once, with its last line.
+
     def train_lines(self) -> list[TrainLine]:
-        return read_records(self.train_file, TrainLine)
+        return list({r.step: r for r in read_records(self.train_file, TrainLine)}.values())
 
     def eval_lines(self) -> list[EvalLine]:
-        return read_records(self.eval_file, EvalLine)
+        return list({r.step: r for r in read_records(self.eval_file, EvalLine)}.values())
 
     def summary(self) -> Summary:
         return read_record(self.summary_file, Summary)

@@ -127,6 +127,20 @@ class Proposal(Record):
     costs: dict[str, PhaseCost]
     warnings: list[str] = Field(default_factory=list)
 
+    @model_validator(mode="after")
+    def _same_domains(self) -> Proposal:
+        for name in (
+            "current",
+            "predicted",
+            "predicted_current",
+            "simulated",
+            "simulated_current",
+            "snapshot",
+        ):
+            if getattr(self, name).keys() != self.weights.keys():
+                raise ValueError(f"{name} must name the same domains as weights")
+        return self
+
 
 class Fit(Record):
     """fit.json: the laws L_i(u) = exp(c_i) + exp(t_i . u) and how well they hold."""

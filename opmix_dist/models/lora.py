@@ -85,6 +85,20 @@ class JointLoRALinear(nn.Module):
         return torch.einsum("k,kor,kri->oi", u.to(self.B), self.B, self.A)
 
 
+def require_adaptable(model: PreTrainedModel) -> None:
+    """UserError naming the module that joint adapters cannot follow; to be asked before a run begins."""
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind == "Conv1D":
+            raise UserError(
+                f"{name} is a Conv1D: probes adapt torch.nn.Linear only, so use mixture.policy static"
+            )
+        if kind.endswith(("Experts", "SparseMoeBlock", "MoE")):
+            raise UserError(
+                f"{name} routes tokens to experts, which joint probes cannot: use mixture.policy static"
+            )
+
+
 class JointAdapters:
     """K named adapters on every linear layer of ``model`` but the LM head; the base is frozen.
 

@@ -17,6 +17,7 @@ from opmix_dist.exchange.rundir import CURVE_FILE
 from opmix_dist.models.lora import JointAdapters
 from opmix_dist.models.loss import sample_losses
 from opmix_dist.pool.errors import SearchError
+from opmix_dist.seeds import derive_seed
 
 
 def train_probes(
@@ -68,6 +69,8 @@ def train_probes(
     model.train()
     with adapters.training():
         for step in range(config.steps):
+            # a base with dropout of its own draws from the global generator: repeatable, and restored after
+            torch.manual_seed(derive_seed(seeds[names[0]], "base dropout", step))
             tokens = torch.cat([next(batches[name]) for name in names]).to(device)  # [K * b, T]
             compute = torch.autocast(device.type, autocast_dtype) if autocast_dtype else nullcontext()
             with compute:
@@ -91,9 +94,19 @@ def _record(curves: dict[str, list[float]], names: list[str], losses: list[float
         curves[name].append(loss)
 
 
-def save_probe(adapters: JointAdapters, name: str, curve: list[float], folder: Path, snapshot: str) -> None:
-    """Adapter in PEFT's format, its training curve, and last the marker that makes it count."""
+def save_probe(
+    adapters: JointAdapters,
+    name: str,
+    curve: list[float],
+    folder: Path,
+    snapshot: str,
+    group_seconds: float,
+) -> None:
+    """Adapter in PEFT's format, its training curve, and last the marker that makes it count.
+
+    The marker notes the seconds that training the adapter's whole group took, for the ledger.
+    """
     files.remove_folder(folder)
     adapters.save_peft(adapters.names.index(name), folder, snapshot)
     files.rewrite_jsonl(folder / CURVE_FILE, ({"step": i, "loss": loss} for i, loss in enumerate(curve, 1)))
-    files.mark_complete(folder, {"component": name, "steps": len(curve)})
+    files.mark_complete(folder, {"component": name, "steps": len(curve), "group_seconds": group_seconds})

@@ -7,7 +7,10 @@ the role's process group. What a killed search had finished on disk is used agai
 
 from __future__ import annotations
 
+import gc
 import logging
+import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
@@ -57,13 +60,18 @@ class Searcher:
         """Write proposal.json and status ``proposed``, or status ``failed`` with the reason."""
         status = StatusWriter(search, writes=self.world.is_leader)
         try:
-            self._together(lambda: _Search(self, search, status).run())
+            _Search(self, search, status).run()
         except PeerError as error:
             log.warning("search %s failed: %s", search.name, error)
             status.enter(SearchStage.FAILED, reason=str(error))
+        finally:
+            gc.collect()  # adapters and layers refer to each other; a model's memory must not wait for that
+            if self.world.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _together(self, work: Callable[[], None]) -> None:
-        """Run ``work``, which must not communicate; if it fails on one rank, raise PeerError on all.
+        """Run ``work``, which must not communicate; if it fails on one rank, raise PeerError on all. Whatever
+        can fail on one rank only runs in here.
 
         Any exception counts: a search never takes its rank down. A rank that is killed does not get here;
         its peers fail in ``agree``, and the supervisors start all workers again.
@@ -94,8 +102,8 @@ class _Search:
         base = self._evaluate(np.zeros((1, len(self.request.components))))
         solution = self._solve(losses)
         landed = self._evaluate(np.stack([solution, self.stay]))
-        if self.world.is_leader:
-            self._write(losses, base, landed)
+        self.together(lambda: self._write(losses, base, landed) if self.world.is_leader else None)
+        self.status.enter(SearchStage.PROPOSED)
 
     def _open(self) -> None:
         """Read the request, the held-out samples and the snapshot."""
@@ -110,6 +118,7 @@ class _Search:
         files.require_complete(self.snapshot, "snapshot")
         with self.ledger.timed("load snapshot"):
             self.model = self._load_model()
+        self.status.advance(0)
         self.flops = count_flops(self.model, self.catalogue.sequence_length, settings.probes.rank)
         self.U = self._candidates()
 
@@ -141,22 +150,45 @@ class _Search:
         return model
 
     def _probe(self) -> None:
-        """Train the probes that are not on disk yet, this rank its share of them."""
-        missing = [n for n in self.request.components if not files.is_complete(self.search.probe(n))]
-        self.world.barrier()  # before any rank finishes a probe that another would then not see as missing
-        mine = missing[self.world.rank :: self.world.size]
-        most = self.config.search.probes.max_joint
-        groups = [mine[i : i + most] for i in range(0, len(mine), most)]
-        with self.ledger.timed("probes"):
-            self.together(lambda: self._train_groups(groups))
-        tokens = len(missing) * self._probe_tokens()
-        self.ledger.add("probes", flops=tokens * self.flops.probe(), tokens=tokens)
+        """Train the groups of probes that are not on disk whole, this rank its own.
 
-    def _train_groups(self, groups: list[list[str]]) -> None:
-        for names in groups:
-            self._train_probes(names)
+        A group is trained again as a whole: the shapes of its products, and with them the last digits of
+        its results, do not depend on where an earlier attempt was killed.
+        """
+        groups = self._groups()
+        plan = ",".join(str(i) for i, names in enumerate(groups) if not self._is_trained(names))
+        todo = self.world.share_text(plan if self.world.is_leader else None)  # one view of the file system
+        chosen = [groups[int(i)] for i in todo.split(",") if i]
+        with self.ledger.timed("probes"):
+            self.together(lambda: self._train_groups(chosen))
+        self.together(lambda: self._count_probes(chosen))
+
+    def _groups(self) -> list[list[str]]:
+        """Components that are trained jointly; group i belongs to rank i modulo the number of ranks."""
+        size, most = self.world.size, self.config.search.probes.max_joint
+        names = self.request.components
+        count = size * math.ceil(len(names) / (size * most))
+        return [group for i in range(count) if (group := names[i::count])]
+
+    def _is_trained(self, names: list[str]) -> bool:
+        return all(files.is_complete(self.search.probe(name)) for name in names)
+
+    def _train_groups(self, chosen: list[list[str]]) -> None:
+        for index, names in enumerate(self._groups()):
+            if names in chosen and index % self.world.size == self.world.rank:
+                self._train_probes(names)
+
+    def _count_probes(self, trained: list[list[str]]) -> None:
+        """FLOPs and tokens of all probes; seconds of earlier attempts as they noted them."""
+        tokens = len(self.request.components) * self._probe_tokens()
+        self.ledger.add("probes", flops=tokens * self.flops.probe(), tokens=tokens)
+        for names in self._groups():
+            if names not in trained:
+                noted = files.require_complete(self.search.probe(names[0]), "probe")
+                self.ledger.add("probes", seconds=float(noted["group_seconds"]))
 
     def _train_probes(self, names: list[str]) -> None:
+        start = time.perf_counter()
         dtype = self.config.engine.param_dtype
         adapters, curves = train_probes(
             self.model,
@@ -168,8 +200,9 @@ class _Search:
             on_step=self.status.advance,
             autocast_dtype=None if dtype == "float32" else getattr(torch, dtype),
         )
+        seconds = time.perf_counter() - start
         for name in names:
-            save_probe(adapters, name, curves[name], self.search.probe(name), self.request.snapshot)
+            save_probe(adapters, name, curves[name], self.search.probe(name), self.request.snapshot, seconds)
         adapters.remove()
 
     def _batches(self, component: str) -> Iterator[Tensor]:
@@ -275,7 +308,6 @@ class _Search:
         self._write_candidates(losses, base, landed)
         write_record(self.search.fit_file, self._fit_record())
         write_record(self.search.proposal_file, self._proposal_record(base, landed))
-        self.status.enter(SearchStage.PROPOSED)
 
     def _write_candidates(
         self, losses: CandidateLosses, base: CandidateLosses, landed: CandidateLosses

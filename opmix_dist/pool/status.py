@@ -11,6 +11,7 @@ from opmix_dist.exchange.schemas import SearchStage, SearchStatus
 log = logging.getLogger(__name__)
 WRITE_INTERVAL_S = 0.5  # often enough for a person who watches, rare enough for a shared file system
 LOG_INTERVAL_S = 30.0
+FINAL_ATTEMPTS = 4
 
 
 class StatusWriter:
@@ -44,10 +45,16 @@ class StatusWriter:
             log.info("search %s: %s%s", self._search.name, self._stage, count)
 
     def _write(self, reason: str = "") -> None:
+        """A beat that cannot be written is no reason to end a search; the last word is tried again."""
         if not self._writes:
             return
         self._last_write = time.monotonic()
         status = SearchStatus(
             stage=self._stage, done=self._done, total=self._total, beat=self._beat, reason=reason
         )
-        write_record(self._search.status_file, status)
+        for attempt in range(FINAL_ATTEMPTS if self._stage.final else 1):
+            try:
+                return write_record(self._search.status_file, status)
+            except OSError as error:
+                log.warning("cannot write %s: %s", self._search.status_file, error)
+                time.sleep(attempt)

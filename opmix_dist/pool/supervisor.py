@@ -20,7 +20,7 @@ from types import FrameType
 from torch.distributed import Store
 
 from opmix_dist.config import RunConfig, to_yaml
-from opmix_dist.distributed import Placement, Role, launch_store
+from opmix_dist.distributed import Placement, Role, has_launcher, launch_store
 from opmix_dist.errors import UserError
 from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.exchange.schemas import SearchStage
@@ -30,6 +30,7 @@ from opmix_dist.pool.worker import oldest_open_search
 from opmix_dist.process import die_with_parent
 
 log = logging.getLogger(__name__)
+END_GRACE_S = 5.0
 GENERATION_KEY = "opmix/pool_generation"
 
 
@@ -43,15 +44,22 @@ class Supervisor:
         self.child: subprocess.Popen[bytes] | None = None
 
     def supervise(self) -> None:
-        """Start workers until one ends by itself (the run is over) or the pool is given up."""
+        """Start workers until the run is over."""
         signal.signal(signal.SIGTERM, self._stop)
         while True:
             generation = self.generations.current()
             self.child = self._start(generation)
             code = self._wait(generation)
-            if code == 0:
+            if code == 0 or self.run.summary_file.exists():
                 return
-            if not self._may_restart(code):
+            try:
+                restart = self._may_restart(code)
+            except Exception:  # a file that cannot be read or written now: the launch must live on
+                log.exception("pool rank %d cannot look at its searches", self.placement.rank)
+                restart = True
+            if not restart:
+                log.warning("pool rank %d is given up: no more searches in this launch", self.placement.rank)
+                self._wait_for_the_end()
                 return
             time.sleep(self.config.pool.poll_interval_s)
 
@@ -70,19 +78,34 @@ class Supervisor:
         return child
 
     def _wait(self, generation: int) -> int:
-        """The worker's exit code; another generation's start ends it too."""
+        """The worker's exit code. The start of another generation ends it, and so does the end of the run,
+        whatever it still computes: nobody waits for that any more."""
         assert self.child is not None
         while (code := self.child.poll()) is None:
             if self.generations.current() != generation:
                 self.child.kill()
+            elif self.run.summary_file.exists():
+                self._end_child()
             time.sleep(self.config.pool.poll_interval_s)
-        if code != 0:
+        if code != 0 and not self.run.summary_file.exists():
             self.generations.advance_from(generation)
         return code
 
+    def _end_child(self) -> None:
+        assert self.child is not None
+        try:
+            self.child.wait(END_GRACE_S)  # an idle worker leaves by itself
+        except subprocess.TimeoutExpired:
+            self.child.kill()
+            self.child.wait()
+
+    def _wait_for_the_end(self) -> None:
+        while not self.run.summary_file.exists():
+            time.sleep(self.config.pool.poll_interval_s)
+
     def _may_restart(self, code: int) -> bool:
         """Count a death against the search that was open; the leader gives that search up when it has had
-        its restarts. A pool that dies without a search open is given up altogether."""
+        its restarts. Without a search open, a pool rank that used up its restarts is given up."""
         search = oldest_open_search(self.run)
         name = search.name if search else ""
         self.deaths[name] = self.deaths.get(name, 0) + 1
@@ -127,7 +150,8 @@ def run_pool(run_dir: Path) -> None:
     Waits for the trainers to write the run's configuration. A dead pool of this kind cannot touch training:
     the trainers notice its silence after ``pool.heartbeat_timeout_s``.
     """
-    die_with_parent()
+    if has_launcher():
+        die_with_parent()
     run = RunDir(run_dir)
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     set_up_logging(f"pool {rank}")

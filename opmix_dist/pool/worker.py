@@ -16,19 +16,22 @@ log = logging.getLogger(__name__)
 
 
 def oldest_open_search(run: RunDir) -> SearchDir | None:
-    """The first search that has a request and no final status; None when all are answered."""
+    """The first search that is requested, not answered, and not given up by the trainers; or None."""
+    decided = {record.search for record in run.mixtures()}
     for search in run.search_dirs():
         status = search.status()
-        if status is None or not status.stage.final:
+        if search.name not in decided and (status is None or not status.stage.final):
             return search
     return None
 
 
 def work(run: RunDir, config: RunConfig, rank: int, size: int) -> None:
     """Answer requests until the run has ended (summary.json). All pool ranks run this."""
-    from opmix_dist.distributed import Placement, Role, World
+    from opmix_dist.distributed import Placement, Role, World, use_deterministic_kernels
     from opmix_dist.pool.run_search import Searcher
 
+    if config.deterministic:
+        use_deterministic_kernels()
     generation = int(os.environ.get("OPMIX_POOL_GENERATION", "0"))
     world = World.join(
         Placement(Role.POOL, rank, size),

@@ -183,5 +183,6 @@ class CheckpointCallback(Callback):
         if last or (self.interval_steps and line.step % self.interval_steps == 0):
             trainer.save_checkpoint(self.checkpointer)
 
-    def on_end(self, trainer: Trainer) -> None:
+    def close(self) -> None:
+        """Also after an error: a save under way is whole, and the resumed run may want it."""
         self.checkpointer.wait()

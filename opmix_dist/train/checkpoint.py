@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import logging
 import pickle
+import threading
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ class Checkpointer:
         assert isinstance(future, Future)
         self._pending = (state.step, future)
         if self.world.is_leader:
+            self._finished = threading.Event()
             future.add_done_callback(lambda done: self._finish(state.step, done))
         if not self.config.asynchronous:
             self.wait()
@@ -75,11 +77,15 @@ class Checkpointer:
 
     def _finish(self, step: int, done: Future[Any]) -> None:
         """On the leader, in the saving thread. DCP's coordinator is done when every rank has written."""
-        if done.exception() is not None:
-            return  # wait() reports it
-        files.mark_complete(self.run.checkpoint(step), {"step": step})
-        for old in self.run.complete_checkpoints()[: -self.config.keep]:
-            files.remove_folder(self.run.checkpoint(old))
+        try:
+            if done.exception() is None:  # else wait() reports it
+                files.mark_complete(self.run.checkpoint(step), {"step": step})
+                for old in self.run.complete_checkpoints()[: -self.config.keep]:
+                    files.remove_folder(self.run.checkpoint(old))
+        except OSError as error:
+            log.warning("the checkpoint of step %d could not be completed: %s", step, error)
+        finally:
+            self._finished.set()
 
     def wait(self) -> None:
         """Let a save in the background end; collective in the sense that all ranks wait for theirs."""
@@ -89,6 +95,8 @@ class Checkpointer:
         self._pending = None
         try:
             future.result()
+            if self.world.is_leader:
+                self._finished.wait()
         except Exception as error:  # whatever the storage raised: training must go on
             log.warning("the checkpoint of step %d failed and is not used: %s", step, error)
 
@@ -121,7 +129,9 @@ class Checkpointer:
             )
         except dcp.api.CheckpointException as error:
             first = next(iter(error.failures.values()))[0]
-            raise UserError(f"cannot load the checkpoint {folder}: {first}") from None
+            raise UserError(
+                f"cannot load the checkpoint {folder} ({first}): delete it to resume from the one before"
+            ) from None
         engine.load_state_dict(state)
         return read_record(folder / STATE_FILE, TrainerState)
 

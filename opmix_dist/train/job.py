@@ -15,7 +15,7 @@ from opmix_dist import __version__
 from opmix_dist.config import RunConfig, changed_settings
 from opmix_dist.data.catalogue import Catalogue, tokenizer_fingerprint
 from opmix_dist.data.loader import EvalSet, MixtureLoader, eval_batches
-from opmix_dist.distributed import Placement, Role, World
+from opmix_dist.distributed import Placement, Role, World, has_launcher, use_deterministic_kernels
 from opmix_dist.engines.base import Engine
 from opmix_dist.engines.build import build_engine
 from opmix_dist.errors import UserError
@@ -25,6 +25,7 @@ from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, Summary
 from opmix_dist.ledger import Ledger
 from opmix_dist.logs import set_up_logging
 from opmix_dist.models.build import build_model
+from opmix_dist.models.lora import require_adaptable
 from opmix_dist.pool.supervisor import Supervisor
 from opmix_dist.process import die_with_parent, lock_run
 from opmix_dist.report.html import write_report
@@ -53,7 +54,8 @@ def run_job(config: RunConfig) -> None:
         UserError: anything in the configuration, the data or the run directory that the user can mend; before
             anything is written where that can be known before.
     """
-    die_with_parent()
+    if has_launcher():  # a shell may end before the job that it started
+        die_with_parent()
     placement = Placement.from_environment(config.pool.ranks)
     set_up_logging(f"{placement.role} {placement.rank}")
     run = RunDir(config.run_dir)
@@ -65,7 +67,7 @@ def run_job(config: RunConfig) -> None:
     check_config_against(config, catalogue, placement)
     check_tokenizer(config, catalogue)
     if config.deterministic:
-        torch.use_deterministic_algorithms(True)
+        use_deterministic_kernels()
     world = World.join(placement, device=config.engine.device, timeout_s=config.engine.collective_timeout_s)
     try:
         Job(run, config, world, catalogue, weights).run_to_end()
@@ -142,7 +144,7 @@ class Job:
             try:
                 lock = lock_run(self.run.path)
                 self._check_earlier_attempt()
-            except UserError as error:
+            except (UserError, OSError) as error:
                 failure = str(error)
         text = self.world.share_text((failure or "") if self.world.is_leader else None)
         if text:
@@ -151,7 +153,7 @@ class Job:
 
     def _check_earlier_attempt(self) -> None:
         if not self.run.config_file.exists():
-            others = [p.name for p in self.run.path.iterdir() if p.name != ".lock"]
+            others = [p.name for p in self.run.path.iterdir() if not p.name.startswith(".")]
             if others:
                 raise UserError(
                     f"run_dir {self.run.path} holds {others[0]} but is no run: choose an empty folder"
@@ -174,8 +176,7 @@ class Job:
     def _build(self) -> Trainer:
         config, world, catalogue = self.config, self.world, self.catalogue
         engine = self._build_engine()
-        if world.is_leader:  # only now: settings that cannot even be built leave no run behind
-            self.run.write_config(config)
+        reporter = ProgressReporter(config.train.log_interval_steps)
         checkpointer = Checkpointer(self.run, config.checkpoint, world)
         loader = MixtureLoader(
             catalogue,
@@ -188,9 +189,13 @@ class Job:
             prefetch_batches=config.data.prefetch_batches,
             max_epochs=self._max_epochs(),
         )
+        heldout = self._report_samples()
+        self._search_samples()
+        callbacks = self._callbacks(reporter, checkpointer)
+        if world.is_leader:  # only now: settings that cannot even be built leave no run behind
+            self.run.write_config(config)
         state = self._restore(engine, checkpointer, loader)
         ledger = Ledger(world.size, state.costs)
-        reporter = ProgressReporter(config.train.log_interval_steps)
         around = Surroundings(self.run, config, world, engine, catalogue, ledger, reporter.on_search)
         return Trainer(
             run=self.run,
@@ -199,9 +204,9 @@ class Job:
             engine=engine,
             catalogue=catalogue,
             loader=loader,
-            heldout=self._report_samples(),
+            heldout=heldout,
             policy=POLICIES[config.mixture.policy](around),
-            callbacks=self._callbacks(reporter, checkpointer),
+            callbacks=callbacks,
             state=state,
             recorded=self._recorded(),
             ledger=ledger,
@@ -220,6 +225,8 @@ class Job:
             token_ids=ids,
             seed=derive_seed(self.config.seed, "weights"),
         )
+        if self.config.mixture.policy == "opmix":
+            require_adaptable(model)
         return build_engine(self.config, model, self.world, self.catalogue.sequence_length)
 
     def _search_samples(self) -> EvalSet:
@@ -252,14 +259,24 @@ class Job:
                 domain_tokens=dict.fromkeys(self.catalogue.names, 0),
                 world_size=self.world.size,
                 global_batch_size=self.config.train.global_batch_size,
+                content=self._content(),
             )
         state = checkpointer.load(engine, step)
+        for name, content in self._content().items():
+            if state.content.get(name, content) != content:
+                raise UserError(
+                    f"domain {name} in {self.catalogue.root} has other documents than the checkpoint's"
+                )
         loader.load_state_dict(state.loader)
         loader.set_weights(state.weights)
         if state.world_size != self.world.size and self.world.is_leader:
             log.info("checkpoint of %d trainer ranks continues on %d", state.world_size, self.world.size)
         state.world_size = self.world.size
         return state
+
+    def _content(self) -> dict[str, str]:
+        """Hash of each domain's documents: a resumed run must find the same."""
+        return {name: info.content_sha256 for name, info in self.catalogue.domains.items()}
 
     def _recorded(self) -> dict[int, MixtureRecord]:
         """Collective. The schedule on disk; a new run's begins with the initial mixture."""
@@ -323,4 +340,7 @@ class Job:
             },
         )
         write_record(self.run.summary_file, summary)
-        log.info("report: %s", write_report(self.run))
+        try:
+            log.info("report: %s", write_report(self.run))
+        except (UserError, OSError) as error:  # the run itself is whole
+            log.warning("no report: %s; `opmix report %s` tries again", error, self.run.path)

@@ -117,8 +117,14 @@ class OpMixPolicy(MixturePolicy):
             self._written = self._writer.submit(self._write_request, parameters, state.model_copy(deep=True))
         if self._inline:
             text = around.world.share_text(self._snapshot_failure() if around.world.is_leader else None)
-            if not text:
+            if not text and not self._answered():
                 Searcher(around.run, around.config, around.world).answer(self.search)
+
+    def _answered(self) -> bool:
+        """Collective. Whether an earlier attempt at this run has finished the search."""
+        status = self.search.status() if self.around.world.is_leader else None
+        final = [float(status is not None and status.stage.final)] if self.around.world.is_leader else None
+        return bool(self.around.world.share(final)[0])
 
     @property
     def _inline(self) -> bool:
@@ -194,7 +200,9 @@ class OpMixPolicy(MixturePolicy):
         return self._kept(state, f"the pool gave no sign of life for {silent:.0f} s") if silent else ""
 
     def _proposed(self, state: TrainerState) -> str:
-        proposal = self.search.proposal()
+        proposal, request = self.search.proposal(), self.search.request()
+        if (proposal.search, proposal.step) != (request.search, request.step):
+            return self._kept(state, f"{self.search.proposal_file} answers another request")
         if set(proposal.weights) != set(state.weights):
             return self._kept(state, f"{self.search.proposal_file} names other domains than the run's")
         gain = np.mean([proposal.simulated_current[d] - proposal.simulated[d] for d in proposal.weights])
@@ -202,13 +210,21 @@ class OpMixPolicy(MixturePolicy):
             state,
             weights={name: proposal.weights[name] for name in state.weights},
             why=f"search {self.SEARCH}: simulated mean loss {gain:.4f} below staying on the mixture",
+            requested_step=request.step,
         )
 
     def _kept(self, state: TrainerState, reason: str) -> str:
         log.warning("search %s failed, the mixture stays: %s", self.SEARCH, reason)
         return self._record(state, weights=None, why=f"search {self.SEARCH} failed: {reason}")
 
-    def _record(self, state: TrainerState, *, weights: dict[str, float] | None, why: str) -> str:
+    def _record(
+        self,
+        state: TrainerState,
+        *,
+        weights: dict[str, float] | None,
+        why: str,
+        requested_step: int | None = None,
+    ) -> str:
         return MixtureRecord(
             version=state.mixture_version + (weights is not None),
             step=state.step,
@@ -216,7 +232,7 @@ class OpMixPolicy(MixturePolicy):
             why=why,
             search=self.SEARCH,
             changed=weights is not None,
-            requested_step=self.start,
+            requested_step=requested_step,
         ).model_dump_json()
 
     def close(self) -> None:

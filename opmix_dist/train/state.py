@@ -17,6 +17,8 @@ class TrainerState(Record):
     domain_tokens: dict[str, int]
     loader: dict[str, Any] = Field(default_factory=dict)
     costs: dict[str, PhaseCost] = Field(default_factory=dict)
+    content: dict[str, str]
+    """content_sha256 of each domain."""
     world_size: int = Field(ge=1)
     global_batch_size: int = Field(ge=1)
 

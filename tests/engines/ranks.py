@@ -105,7 +105,7 @@ def with_checkpoints(
     config = CheckpointConfig(asynchronous=asynchronous)  # type: ignore[call-arg]
     checkpointer = Checkpointer(RunDir(out), config, world)
     state = TrainerState(
-        weights={"a": 1.0}, domain_tokens={"a": 0}, world_size=world.size, global_batch_size=BATCH
+        weights={"a": 1.0}, domain_tokens={"a": 0}, content={}, world_size=world.size, global_batch_size=BATCH
     )
     return build(world), checkpointer, state
 

@@ -60,6 +60,11 @@ def test_torn_last_line_is_dropped_and_a_torn_middle_is_named(tmp_path: Path) ->
     with open(path, "ab") as file:
         file.write(b'{"a": 3')
     assert files.read_jsonl(path) == [{"a": 1}, {"a": 2}]
+    files.append_jsonl(path, {"a": 4})
+    assert files.read_jsonl(path) == [{"a": 1}, {"a": 2}, {"a": 4}], "written onto the torn line"
+    path.write_bytes(b'{"a": 1')
+    files.append_jsonl(path, {"a": 5})
+    assert files.read_jsonl(path) == [{"a": 5}]
     path.write_bytes(b'{"a": 1}\n{"a"\n{"a": 3}\n')
     with pytest.raises(UserError, match=r"lines.jsonl:2 is not valid JSON"):
         files.read_jsonl(path)
@@ -105,6 +110,21 @@ def test_request_shapes_are_checked(tmp_path: Path) -> None:
         (tmp_path / "request.json").write_text(json.dumps(good | change))
         with pytest.raises(UserError, match="request.json is not a valid SearchRequest"):
             read_record(tmp_path / "request.json", SearchRequest)
+
+
+def test_a_proposal_speaks_of_the_same_domains_throughout() -> None:
+    losses = {"a": 1.0, "b": 2.0}
+    good = {
+        "search": "0001", "step": 3, "coefficients": {"old": 1.0}, "weights": {"a": 0.5, "b": 0.5},
+        "current": {"a": 0.5, "b": 0.5}, "predicted": losses, "simulated": losses, "snapshot": losses,
+        "predicted_current": losses, "simulated_current": losses, "objective": 1.0, "kl": 0.0,
+        "horizon_tokens": 1, "costs": {},
+    }  # fmt: skip
+    Proposal.model_validate(good)
+    with pytest.raises(ValueError, match="predicted must name the same domains as weights"):
+        Proposal.model_validate(good | {"predicted": {"a": 1.0}})
+    with pytest.raises(ValueError, match="finite"):
+        Proposal.model_validate(good | {"predicted": {"a": 1.0, "b": float("nan")}})
 
 
 def test_only_finished_checkpoints_and_requested_searches_are_found(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_an_adapter_does_not_depend_on_its_companions() -> None:
 
 def test_saved_probe_loads_in_peft_and_scores_the_same(tmp_path: Path) -> None:
     adapters, curves = train_jointly(NAMES)
-    save_probe(adapters, "code", curves["code"], tmp_path / "code", "snapshots/step_3")
+    save_probe(adapters, "code", curves["code"], tmp_path / "code", "snapshots/step_3", 1.5)
     loaded = peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "code")).eval()
     tokens = random_tokens(5, 4, LENGTH)
     adapters.model.eval()

@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -131,7 +133,9 @@ def in_search(job: Job) -> bool:
 def test_kill_9_and_resume_equal_an_uninterrupted_run(
     finished: RunDir, tiny_data: Path, tmp_path: Path, moment: str, reached
 ) -> None:  # type: ignore[no-untyped-def]
+    """With a reader process, which outlives a killed trainer for a while."""
     config = tiny_config(tiny_data, tmp_path / "run")
+    config["data"]["num_workers"] = 1
     job = Job(config, ranks=3)
     job.wait_until(lambda: reached(job), moment)
     job.kill()
@@ -291,6 +295,28 @@ def test_training_goes_on_during_an_asynchronous_search(tiny_data: Path, tmp_pat
     assert SEARCH_STEP < second.step < 400
     switched = {line.mixture_version for line in run.train_lines() if line.step > second.step}
     assert switched == {1}
+
+
+def test_the_launch_ends_with_the_training_though_a_search_is_under_way(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(tiny_data, tmp_path / "run")
+    config["search"]["mode"] = "async"
+    config["search"]["probes"]["steps"] = 100_000
+    run = complete(config, ranks=3)
+    assert [record.step for record in run.mixtures()] == [0]
+    assert run.search("0001").status().stage is SearchStage.PROBING  # type: ignore[union-attr]
+
+
+def test_a_job_outlives_the_shell_that_started_it(tiny_data: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_data, tmp_path / "run", pool={"ranks": 0}, mixture={"policy": "static"})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    command = f"{sys.executable} -m opmix_dist.cli train {tmp_path}/config.yaml > {tmp_path}/log 2>&1 &"
+    subprocess.run(["sh", "-c", command], check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    summary, end = tmp_path / "run" / "summary.json", time.monotonic() + 120
+    while not summary.exists():
+        assert time.monotonic() < end, (tmp_path / "log").read_text()
+        time.sleep(0.2)
 
 
 def test_resuming_a_finished_run_does_nothing_and_other_settings_are_refused(
