@@ -59,10 +59,11 @@ class Checkpointer:
             {"engine": engine.state_dict()}, checkpoint_id=folder, process_group=self.group
         )
         assert isinstance(future, Future)
-        self._pending = (state.step, future)
+        step = state.step  # `state` moves on with training, before the save has ended
+        self._pending = (step, future)
         if self.world.is_leader:
             self._finished = threading.Event()
-            future.add_done_callback(lambda done: self._finish(state.step, done))
+            future.add_done_callback(lambda done: self._finish(step, done))
         if not self.config.asynchronous:
             self.wait()
 

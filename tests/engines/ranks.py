@@ -62,6 +62,7 @@ def save(world: World, out: Path, asynchronous: str) -> None:
     train(engine, 0, 4)
     state.step = 4
     checkpointer.save(engine, state)
+    state.step = 8  # the trainer's own, which moves on before a save in the background has ended
     rest = train(engine, 4, 8)
     checkpointer.wait()
     report(world, out / f"saved_{world.size}.json", rest)
