@@ -12,6 +12,7 @@ from pathlib import Path
 
 from opmix_dist import __version__
 from opmix_dist.errors import UserError
+from opmix_dist.process import end_process
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,4 +138,4 @@ def _compare(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -60,13 +60,14 @@ def main() -> None:
     """``python -m opmix_dist.pool.worker RANK SIZE``, the configuration on standard input: started by the
     supervisor."""
     from opmix_dist.logs import set_up_logging
-    from opmix_dist.process import die_with_parent
+    from opmix_dist.process import die_with_parent, end_process
 
     die_with_parent()
     rank, size = int(sys.argv[1]), int(sys.argv[2])
     set_up_logging(f"pool {rank}")
     config = check_config(yaml.safe_load(sys.stdin.read()))
     work(RunDir(config.run_dir), config, rank, size)
+    end_process(0)
 
 
 if __name__ == "__main__":

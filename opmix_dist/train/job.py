@@ -125,7 +125,8 @@ class Job:
     def run_to_end(self) -> None:
         lock = self._open_run()
         if self._already_ended():
-            log.info("%s has ended already: nothing to do", self.run.path)
+            if self.world.is_leader:
+                log.info("%s has ended already: nothing to do", self.run.path)
             return
         trainer = self._build()
         last = trainer.fit()

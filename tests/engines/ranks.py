@@ -14,6 +14,7 @@ from opmix_dist.engines.base import Engine
 from opmix_dist.engines.fsdp import FSDPEngine
 from opmix_dist.engines.single import SingleEngine
 from opmix_dist.exchange.rundir import RunDir
+from opmix_dist.process import end_process
 from opmix_dist.train.checkpoint import Checkpointer
 from opmix_dist.train.state import TrainerState
 from tests.helpers import random_tokens, tiny_llama
@@ -123,3 +124,4 @@ if __name__ == "__main__":
         joined, Path(sys.argv[2]), sys.argv[3]
     )
     joined.leave()
+    end_process(0)

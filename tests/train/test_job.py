@@ -303,6 +303,8 @@ def test_the_launch_ends_with_the_training_though_a_search_is_under_way(
     config = tiny_config(tiny_data, tmp_path / "run")
     config["search"]["mode"] = "async"
     config["search"]["probes"]["steps"] = 100_000
+    config["train"]["steps"] = 400
+    config["checkpoint"]["interval_steps"] = 0
     run = complete(config, ranks=3)
     assert [record.step for record in run.mixtures()] == [0]
     assert run.search("0001").status().stage is SearchStage.PROBING  # type: ignore[union-attr]
