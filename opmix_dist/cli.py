@@ -112,6 +112,19 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> None:
     from opmix_dist.train.job import run_job
 
     run_job(config)
+    if os.environ.get("RANK", "0") == "0":
+        _write_report(config.run_dir)
+
+
+def _write_report(run_dir: str) -> None:
+    """After a run; the run itself is whole whatever happens here."""
+    from opmix_dist.exchange.rundir import RunDir
+    from opmix_dist.report.html import write_report
+
+    try:
+        print(f"report: {write_report(RunDir(run_dir))}")
+    except (UserError, OSError) as error:
+        print(f"opmix: no report: {error}; `opmix report {run_dir}` tries again", file=sys.stderr)
 
 
 def _pool(arguments: argparse.Namespace, rest: list[str]) -> None:

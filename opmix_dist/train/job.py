@@ -28,7 +28,6 @@ from opmix_dist.models.build import build_model
 from opmix_dist.models.lora import require_adaptable
 from opmix_dist.pool.supervisor import Supervisor
 from opmix_dist.process import die_with_parent, lock_run
-from opmix_dist.report.html import write_report
 from opmix_dist.search.simplex import OLD
 from opmix_dist.seeds import derive_seed
 from opmix_dist.train.callbacks import (
@@ -319,7 +318,7 @@ class Job:
             files.mark_complete(self.run.export, {"step": self.config.train.steps})
 
     def _sum_up(self, trainer: Trainer, last: EvalLine, search_losses: dict[str, torch.Tensor]) -> None:
-        """summary.json, which tells the pool that the run has ended, and the report."""
+        """summary.json, which tells the pool that the run has ended."""
         state = trainer.state
         summary = Summary(
             steps=state.step,
@@ -341,7 +340,3 @@ class Job:
             },
         )
         write_record(self.run.summary_file, summary)
-        try:
-            log.info("report: %s", write_report(self.run))
-        except (UserError, OSError) as error:  # the run itself is whole
-            log.warning("no report: %s; `opmix report %s` tries again", error, self.run.path)
