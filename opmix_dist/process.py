@@ -35,7 +35,7 @@ def end_process(code: int) -> NoReturn:
     """Leave without the interpreter's finalisation, after everything was closed and flushed.
 
     Threads of torch's process groups may still let go of Python objects while it goes on, which aborts the
-    process ("terminate called without an active exception", seen once in about 100 launches under load) and
+    process ("terminate called without an active exception", seen once, under load) and
     makes the launcher fail a job that had ended well.
     """
     logging.shutdown()

@@ -50,7 +50,7 @@ def written(tmp_path: Path, config: dict) -> str:
         ({"model": {"config": {"model_type": "llama", "hidden_sise": 32}}}, "hidden_sise is no field"),
     ],
 )  # fmt: skip
-def test_train_refuses(tiny_data: Path, tmp_path: Path, capsys, sections: dict, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_train_refuses(tiny_data: Path, tmp_path: Path, capsys, sections: dict, message: str) -> None:
     config = tiny_config(tiny_data, tmp_path / "run", pool={"ranks": 0})
     for name, section in sections.items():
         config[name] = {**config.get(name, {}), **section}
@@ -60,7 +60,7 @@ def test_train_refuses(tiny_data: Path, tmp_path: Path, capsys, sections: dict, 
     assert left <= {".lock"}, "something half-written"
 
 
-def test_an_empty_domain_is_named(tiny_data: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_an_empty_domain_is_named(tiny_data: Path, tmp_path: Path, capsys) -> None:
     shutil.copytree(tiny_data, tmp_path / "data")
     info = json.loads((tmp_path / "data" / "json" / "domain.json").read_text())
     info["splits"]["eval"] = {"samples": 0, "tokens": 0, "documents": 0}
@@ -72,7 +72,7 @@ def test_an_empty_domain_is_named(tiny_data: Path, tmp_path: Path, capsys) -> No
     assert not (tmp_path / "run").exists()
 
 
-def test_another_tokenizer_is_noticed(tiny_data: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_another_tokenizer_is_noticed(tiny_data: Path, tmp_path: Path, capsys) -> None:
     """Beside the shards, and beside the checkpoint that training starts from."""
     shutil.copytree(tiny_data, tmp_path / "data")
     file = tmp_path / "data" / "tokenizer" / "tokenizer.json"
@@ -96,7 +96,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tiny_data: Path, tmp_path: Path) 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("mine")
     config = load_config(written(tmp_path, tiny_config(tiny_data, tmp_path / "run")))
-    job = Job(RunDir(tmp_path / "run"), config, None, None, {})  # type: ignore[arg-type]
+    job = Job(RunDir(tmp_path / "run"), config, None, None, {})
     with pytest.raises(UserError, match="holds thesis.tex but is no run"):
         job._check_earlier_attempt()
 
@@ -129,18 +129,18 @@ def test_a_snapshot_without_its_marker_fails_the_search_by_name(tiny_data: Path,
     assert not files.is_complete(search.probe("old"))
 
 
-def test_prepare_refuses_a_domain_without_a_path(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_prepare_refuses_a_domain_without_a_path(tmp_path: Path, capsys) -> None:
     assert "--domain web" in refused(capsys, "prepare", "--out", str(tmp_path / "d"), "--domain", "web")
     line = refused(capsys, "prepare", "--out", str(tmp_path / "d"), "--domain", f"web={tmp_path}/none")
     assert "none" in line
     assert not (tmp_path / "d" / "web").exists()
 
 
-def test_report_of_something_else_names_it(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_report_of_something_else_names_it(tmp_path: Path, capsys) -> None:
     assert str(tmp_path) in refused(capsys, "report", str(tmp_path))
 
 
-def test_print_config_shows_every_section(capsys) -> None:  # type: ignore[no-untyped-def]
+def test_print_config_shows_every_section(capsys) -> None:
     assert main(["train", str(ROOT / "configs" / "demo.yaml"), "--print-config", "--seed", "3"]) == 0
     text = capsys.readouterr().out
     assert "seed: 3" in text

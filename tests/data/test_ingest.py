@@ -52,7 +52,7 @@ def write_texts(folder: Path, texts: Sequence[str]) -> str:
 
 def config(out: Path, domains: dict[str, list[str]], **settings: object) -> PrepareConfig:
     plain = {"vocab_size": 300, "sequence_length": T, "eval_fraction": 0.2, "workers": 1}
-    return PrepareConfig(out=out, domains=domains, **{**plain, **settings})  # type: ignore[arg-type]
+    return PrepareConfig(out=out, domains=domains, **{**plain, **settings})
 
 
 def read_tokens(catalogue: Catalogue, name: str, split: Split) -> np.ndarray:

@@ -27,8 +27,8 @@ def build(world: World, **config: object) -> Engine:
     return kind(
         tiny_llama(tied=True),
         world,
-        config=EngineConfig(**config),  # type: ignore[arg-type]
-        optimizer=OptimizerConfig(lr=LR),  # type: ignore[call-arg]
+        config=EngineConfig(**config),
+        optimizer=OptimizerConfig(lr=LR),
         sequence_length=LENGTH,
     )
 
@@ -85,7 +85,7 @@ def non_finite(world: World, out: Path, _: str) -> None:
     tokens = random_tokens(0, BATCH // world.size, LENGTH)
     message = ""
     try:
-        weights = engine.model.model.norm.weight  # type: ignore[attr-defined]
+        weights = engine.model.model.norm.weight
         local = getattr(weights, "to_local", lambda: weights)()
         if world.rank == 0:
             local.data.view(-1)[0] = float("nan")
@@ -94,9 +94,7 @@ def non_finite(world: World, out: Path, _: str) -> None:
         message = type(error).__name__
     after = engine.full_parameters()
     moved = before is not None and any(
-        not torch.equal(before[n], after[n])
-        for n in before
-        if n != "model.norm.weight"  # type: ignore[index]
+        not torch.equal(before[n], after[n]) for n in before if n != "model.norm.weight"
     )
     (out / f"raised_{world.rank}.json").write_text(json.dumps({"error": message, "moved": moved}))
 
@@ -104,7 +102,7 @@ def non_finite(world: World, out: Path, _: str) -> None:
 def with_checkpoints(
     world: World, out: Path, asynchronous: bool
 ) -> tuple[Engine, Checkpointer, TrainerState]:
-    config = CheckpointConfig(asynchronous=asynchronous)  # type: ignore[call-arg]
+    config = CheckpointConfig(asynchronous=asynchronous)
     checkpointer = Checkpointer(RunDir(out), config, world)
     state = TrainerState(
         weights={"a": 1.0}, domain_tokens={"a": 0}, content={}, world_size=world.size, global_batch_size=BATCH

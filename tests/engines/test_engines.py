@@ -53,7 +53,7 @@ def test_one_process_equals_a_loop_written_by_hand(one_process: tuple[dict, Path
 
 
 @pytest.mark.parametrize(("ranks", "options"), [(2, {}), (3, {"activation_checkpointing": True})])
-def test_fsdp_gives_the_same_curve(one_process, tmp_path: Path, ranks: int, options: dict) -> None:  # type: ignore[no-untyped-def]
+def test_fsdp_gives_the_same_curve(one_process, tmp_path: Path, ranks: int, options: dict) -> None:
     found, expected = curve(ranks, tmp_path, **options), one_process[0]
     torch.testing.assert_close(
         torch.tensor(found["steps"]), torch.tensor(expected["steps"]), rtol=1e-4, atol=0
@@ -68,7 +68,7 @@ def test_bf16_follows_float32(one_process: tuple[dict, Path], tmp_path: Path) ->
         assert loss != expected
 
 
-def test_export_loads_with_transformers_and_scores_the_same(one_process, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_export_loads_with_transformers_and_scores_the_same(one_process, tmp_path: Path) -> None:
     sharded = curve(2, tmp_path)
     for out, result in ((tmp_path, sharded), (one_process[1], one_process[0])):
         model = AutoModelForCausalLM.from_pretrained(out / "hf").eval()

@@ -14,25 +14,25 @@ from tests.helpers import random_tokens, tiny_llama
 BATCH, LENGTH = 3, 24
 
 
-def measured(work) -> int:  # type: ignore[no-untyped-def]
+def measured(work) -> int:
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
 
 
-def rotary_angles(model) -> int:  # type: ignore[no-untyped-def]
+def rotary_angles(model) -> int:
     """What the formula leaves out, once per pass: a small product in transformers 4, none in 5."""
     return measured(lambda: model.model.rotary_emb(torch.zeros(1), torch.arange(LENGTH)[None]))
 
 
 @pytest.fixture
-def eager():  # type: ignore[no-untyped-def]
+def eager():
     model = tiny_llama()
     model.set_attn_implementation("eager")  # the counter sees plain matrix products
     return model
 
 
-def test_forward_and_training_flops(eager) -> None:  # type: ignore[no-untyped-def]
+def test_forward_and_training_flops(eager) -> None:
     counts = count_flops(eager, LENGTH)
     tokens = random_tokens(0, BATCH, LENGTH)
     forward = measured(lambda: sample_losses(eager, tokens))
@@ -41,7 +41,7 @@ def test_forward_and_training_flops(eager) -> None:  # type: ignore[no-untyped-d
     assert whole_step == pytest.approx(counts.train(recompute=False) * tokens.numel(), rel=0.01)
 
 
-def test_probe_flops(eager) -> None:  # type: ignore[no-untyped-def]
+def test_probe_flops(eager) -> None:
     counts = count_flops(eager, LENGTH, lora_rank=8)
     adapters = JointAdapters(eager, ["a", "b", "c"], rank=8, alpha=16, seeds=[0, 1, 2])
     tokens = random_tokens(0, BATCH, LENGTH)

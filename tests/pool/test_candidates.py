@@ -44,7 +44,7 @@ def in_float64(adapters: JointAdapters, u: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("method", "joint"), [("lowrank", 1), ("lowrank", 2), ("lowrank", 64), ("merge", 1)])
 @pytest.mark.parametrize("batch_size", [2, 16])
-def test_equals_merging_in_float64(adapters: JointAdapters, method, joint: int, batch_size: int) -> None:  # type: ignore[no-untyped-def]
+def test_equals_merging_in_float64(adapters: JointAdapters, method, joint: int, batch_size: int) -> None:
     ticks: list[int] = []
     found = evaluate_candidates(
         adapters, U, TOKENS, DOMAINS, 2, method=method, joint=joint, batch_size=batch_size,
@@ -63,8 +63,8 @@ def test_equals_merging_in_float64(adapters: JointAdapters, method, joint: int, 
 def test_a_wrong_coefficient_is_seen(adapters: JointAdapters) -> None:
     """The tolerance above is tight enough: a coefficient that is off by 1e-3 fails it."""
     arguments = {"method": "merge", "batch_size": 16}
-    right = evaluate_candidates(adapters, U[:1], TOKENS, DOMAINS, 2, **arguments)  # type: ignore[arg-type]
-    wrong = evaluate_candidates(adapters, U[:1] + np.array([1e-3, 0, 0]), TOKENS, DOMAINS, 2, **arguments)  # type: ignore[arg-type]
+    right = evaluate_candidates(adapters, U[:1], TOKENS, DOMAINS, 2, **arguments)
+    wrong = evaluate_candidates(adapters, U[:1] + np.array([1e-3, 0, 0]), TOKENS, DOMAINS, 2, **arguments)
     assert np.abs(right.loss / wrong.loss - 1).max() > 2e-6
 
 
@@ -72,7 +72,7 @@ def test_no_candidates_give_empty_losses(adapters: JointAdapters) -> None:
     """A rank may have no share of the candidates."""
     for method in ("lowrank", "merge"):
         found = evaluate_candidates(
-            adapters, np.zeros((0, 3)), TOKENS, DOMAINS, 2, method=method, batch_size=4  # type: ignore[arg-type]
+            adapters, np.zeros((0, 3)), TOKENS, DOMAINS, 2, method=method, batch_size=4
         )  # fmt: skip
         assert found.loss.shape == (0, 2)
 

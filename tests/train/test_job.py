@@ -49,7 +49,7 @@ def schedule(run: RunDir) -> list[tuple]:
 
 def test_every_phase_leaves_what_the_next_needs(finished: RunDir) -> None:
     search = finished.search("0001")
-    assert search.status().stage is SearchStage.PROPOSED  # type: ignore[union-attr]
+    assert search.status().stage is SearchStage.PROPOSED
     proposal, fit, request = search.proposal(), search.fit(), search.request()
     assert request.components == ["old", *DOMAINS]
     assert np.array(request.composition)[1] == pytest.approx([0.9 + 0.1 / 3, 0.1 / 3, 0.1 / 3])
@@ -132,7 +132,7 @@ def in_search(job: Job) -> bool:
 )
 def test_kill_9_and_resume_equal_an_uninterrupted_run(
     finished: RunDir, tiny_data: Path, tmp_path: Path, moment: str, reached
-) -> None:  # type: ignore[no-untyped-def]
+) -> None:
     """With a reader process, which outlives a killed trainer for a while."""
     config = tiny_config(tiny_data, tmp_path / "run")
     config["data"]["num_workers"] = 1
@@ -170,7 +170,7 @@ def test_a_pool_that_keeps_dying_leaves_training_on_the_old_mixture(tiny_data: P
     assert (second.changed, second.version, second.weights) == (False, 0, first.weights)
     assert "died 1 time(s), last with exit code -9" in second.why
     assert job.steps_done() == STEPS
-    assert job.run.search("0001").status().stage is SearchStage.FAILED  # type: ignore[union-attr]
+    assert job.run.search("0001").status().stage is SearchStage.FAILED
 
 
 def test_a_nan_probe_fails_the_search_by_name_and_training_goes_on(tiny_data: Path, tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_the_launch_ends_with_the_training_though_a_search_is_under_way(
     config["checkpoint"]["interval_steps"] = 0
     run = complete(config, ranks=3)
     assert [record.step for record in run.mixtures()] == [0]
-    assert run.search("0001").status().stage is SearchStage.PROBING  # type: ignore[union-attr]
+    assert run.search("0001").status().stage is SearchStage.PROBING
 
 
 def test_a_job_outlives_the_shell_that_started_it(tiny_data: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from opmix_dist.train.schedule import learning_rate
 
 
 def rates(steps: int, **settings: object) -> list[float]:
-    config = ScheduleConfig(**settings)  # type: ignore[arg-type]
+    config = ScheduleConfig(**settings)
     return [learning_rate(config, 8.0, step, steps) for step in range(steps)]
 
 
