@@ -329,7 +329,7 @@ class _SplitWriter:
     """Joins token arrays and writes every T of them as a sample; ``held`` tokens do not fill one yet."""
 
     def __init__(self, folder: Path, form: _Format) -> None:
-        from opmix_dist.data.shards import import_streaming
+        from opmix_dist.data.mds import import_streaming
 
         self._split = folder.name
         self._length = form.sequence_length

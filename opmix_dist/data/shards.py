@@ -7,40 +7,21 @@ decompress) and the MDS reader, do the work.
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
 from filelock import FileLock
 from pydantic import BaseModel, Field, ValidationError
 
+from opmix_dist.data.mds import import_streaming
 from opmix_dist.errors import UserError
 
 COLUMN = "tokens"
 MAX_INDEX_BYTES = 256 << 20
 DOWNLOAD_ATTEMPTS = 3
 DOWNLOAD_TIMEOUT_S = 600.0
-
-
-def import_streaming() -> ModuleType:
-    """The ``streaming`` package, also where torchvision is not installed.
-
-    Only ``streaming.vision``, which nothing here uses, needs torchvision; an empty module takes its place.
-
-    Raises:
-        UserError: the package itself is not installed.
-    """
-    if importlib.util.find_spec("streaming") is None:
-        raise UserError("reading and writing shards needs mosaicml-streaming: `make setup` installs it")
-    if importlib.util.find_spec("torchvision") is None:
-        sys.modules.setdefault("streaming.vision", ModuleType("streaming.vision"))
-    import streaming
-
-    return streaming
 
 
 class _File(BaseModel):

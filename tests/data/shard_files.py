@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from opmix_dist.data.catalogue import Catalogue, DomainInfo, SplitInfo
-from opmix_dist.data.shards import import_streaming
+from opmix_dist.data.mds import import_streaming
 
 T = 8
 VOCAB = 50_000

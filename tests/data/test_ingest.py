@@ -26,7 +26,7 @@ from rich.console import Console
 
 from opmix_dist.data.catalogue import Catalogue, Split, check_domain_name, tokenizer_fingerprint
 from opmix_dist.data.ingest import PrepareConfig, prepare
-from opmix_dist.data.shards import import_streaming
+from opmix_dist.data.mds import import_streaming
 from opmix_dist.data.sources import FileSource, parse_domains
 from opmix_dist.data.survey import document_digest, survey
 from opmix_dist.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer, vocab_size

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opmix_dist.data.shards import ShardedSplit, import_streaming
+from opmix_dist.data.mds import import_streaming
+from opmix_dist.data.shards import ShardedSplit
 from opmix_dist.errors import UserError
 from tests.data.shard_files import T, sample_tokens, write_split
 

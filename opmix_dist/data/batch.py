@@ -1,0 +1,106 @@
+"""Samples as a model sees them: padded to T, with what counts in the loss and what may be attended to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opmix_dist.data.samples import Sample
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """B samples of T tokens. ``loss_mask`` says which tokens are targets: a token that is predicted from the
+    ones before it and counts in the loss. The first token of a sample is never one, padding neither."""
+
+    tokens: Tensor  # int64 [B, T]
+    loss_mask: Tensor  # bool [B, T]
+    position_ids: Tensor | None = None  # int64 [B, T]; given: attention is confined to documents
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: slice | Tensor) -> TokenBatch:
+        return self._each(lambda tensor: tensor[rows])
+
+    @property
+    def sequence_length(self) -> int:
+        """T."""
+        return self.tokens.shape[1]
+
+    @property
+    def targets(self) -> Tensor:
+        """Number of targets of each sample, int64 [B]; 0 where a sample has none."""
+        return self.loss_mask.sum(dim=1)
+
+    def split(self, size: int) -> list[TokenBatch]:
+        """Parts of ``size`` samples, the last one possibly smaller."""
+        return [self[slice(start, start + size)] for start in range(0, len(self), size)]
+
+    def to(self, device: torch.device) -> TokenBatch:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def repeat(self, times: int) -> TokenBatch:
+        """All samples, ``times`` over: [times * B, T]."""
+        return self._each(lambda tensor: tensor.repeat(times, 1))
+
+    @staticmethod
+    def cat(batches: Sequence[TokenBatch]) -> TokenBatch:
+        """Batches of one T, all with position ids or all without."""
+        positions = [batch.position_ids for batch in batches if batch.position_ids is not None]
+        if positions and len(positions) < len(batches):
+            raise ValueError("some batches have position ids and some have none")
+        return TokenBatch(
+            torch.cat([batch.tokens for batch in batches]),
+            torch.cat([batch.loss_mask for batch in batches]),
+            torch.cat(positions) if positions else None,
+        )
+
+    @classmethod
+    def of_tokens(cls, tokens: Tensor) -> TokenBatch:
+        """Whole samples of [B, T] int64 tokens, every one but the first a target."""
+        mask = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
+        mask[:, 0] = False
+        return cls(tokens, mask)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
+        positions = None if self.position_ids is None else change(self.position_ids)
+        return TokenBatch(change(self.tokens), change(self.loss_mask), positions)
+
+
+def collate(samples: Sequence[Sample], length: int, *, pad_id: int, mask_documents: bool) -> TokenBatch:
+    """Pad samples to ``length`` tokens, T.
+
+    Args:
+        samples: at most T tokens each.
+        pad_id: token that fills short samples; it is never a target.
+        mask_documents: restart positions at document boundaries, so that attention stays within a document,
+            and predict no document's first token, which has nothing to be predicted from. Padding is a
+            document of its own.
+    """
+    tokens = np.full((len(samples), length), pad_id, dtype=np.int64)
+    mask = np.zeros((len(samples), length), dtype=bool)
+    starts = np.zeros((len(samples), length + 1), dtype=bool)
+    for row, sample in enumerate(samples):
+        n = len(sample.tokens)
+        tokens[row, :n] = sample.tokens
+        if sample.spans is None:
+            mask[row, :n] = True
+        else:
+            for begin, end in sample.spans.tolist():
+                mask[row, begin:end] = True
+        starts[row, sample.ends] = True
+        starts[row, n] = True
+    mask[:, 0] = False
+    positions = None
+    if mask_documents:
+        starts[:, 0] = True
+        starts = starts[:, :length]
+        mask &= ~starts
+        index = np.arange(length)
+        positions = torch.from_numpy(index - np.maximum.accumulate(np.where(starts, index, 0), axis=1))
+    return TokenBatch(torch.from_numpy(tokens), torch.from_numpy(mask), positions)
