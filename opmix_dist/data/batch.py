@@ -67,40 +67,56 @@ class TokenBatch:
         mask[:, 0] = False
         return cls(tokens, mask)
 
+    @classmethod
+    def of_rows(cls, rows: Rows, *, mask_documents: bool) -> TokenBatch:
+        """What a model gets.
+
+        Args:
+            mask_documents: restart positions at document boundaries, so that attention stays within a
+                document, and predict no document's first token, which has nothing to be predicted from.
+                Padding is a document of its own.
+        """
+        mask = rows.learnt.copy()
+        mask[:, 0] = False
+        positions = None
+        if mask_documents:
+            mask &= ~rows.starts
+            index = np.arange(mask.shape[1])
+            begun = np.maximum.accumulate(np.where(rows.starts, index, 0), axis=1)
+            positions = torch.from_numpy(index - begun)
+        return cls(torch.from_numpy(rows.tokens.astype(np.int64)), torch.from_numpy(mask), positions)
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
         positions = None if self.position_ids is None else change(self.position_ids)
         return TokenBatch(change(self.tokens), change(self.loss_mask), positions)
 
 
-def collate(samples: Sequence[Sample], length: int, *, pad_id: int, mask_documents: bool) -> TokenBatch:
-    """Pad samples to ``length`` tokens, T.
+@dataclass(frozen=True)
+class Rows:
+    """Samples side by side in the form that is small to send between processes."""
 
-    Args:
-        samples: at most T tokens each.
-        pad_id: token that fills short samples; it is never a target.
-        mask_documents: restart positions at document boundaries, so that attention stays within a document,
-            and predict no document's first token, which has nothing to be predicted from. Padding is a
-            document of its own.
-    """
-    tokens = np.full((len(samples), length), pad_id, dtype=np.int64)
-    mask = np.zeros((len(samples), length), dtype=bool)
+    tokens: np.ndarray  # uint16 or uint32 [B, T]; 0 where a sample has ended
+    learnt: np.ndarray  # bool [B, T]: counts in the loss, if it can be predicted
+    starts: np.ndarray  # bool [B, T]: first token of a document or of its part, or of the padding
+
+
+def stack(samples: Sequence[Sample], length: int) -> Rows:
+    """Samples of at most ``length`` tokens, T, side by side."""
+    dtype = np.result_type(*(sample.tokens.dtype for sample in samples))
+    tokens = np.zeros((len(samples), length), dtype=dtype)
+    learnt = np.zeros((len(samples), length), dtype=bool)
     starts = np.zeros((len(samples), length + 1), dtype=bool)
     for row, sample in enumerate(samples):
         n = len(sample.tokens)
         tokens[row, :n] = sample.tokens
-        if sample.spans is None:
-            mask[row, :n] = True
-        else:
-            for begin, end in sample.spans.tolist():
-                mask[row, begin:end] = True
         starts[row, sample.ends] = True
         starts[row, n] = True
-    mask[:, 0] = False
-    positions = None
-    if mask_documents:
-        starts[:, 0] = True
-        starts = starts[:, :length]
-        mask &= ~starts
-        index = np.arange(length)
-        positions = torch.from_numpy(index - np.maximum.accumulate(np.where(starts, index, 0), axis=1))
-    return TokenBatch(torch.from_numpy(tokens), torch.from_numpy(mask), positions)
+        for begin, end in [(0, n)] if sample.spans is None else sample.spans.tolist():
+            learnt[row, begin:end] = True
+    starts[:, 0] = True
+    return Rows(tokens, learnt, starts[:, :length])
+
+
+def collate(samples: Sequence[Sample], length: int, *, mask_documents: bool = False) -> TokenBatch:
+    """Samples as a batch of ``length`` tokens, T; see :meth:`TokenBatch.of_rows`."""
+    return TokenBatch.of_rows(stack(samples, length), mask_documents=mask_documents)

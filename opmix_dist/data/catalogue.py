@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+from opmix_dist.data.store import ShardStore
 from opmix_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ class Catalogue:
     root: Path
     names: tuple[str, ...]
     domains: dict[str, DomainInfo]
+    store: ShardStore | None = None
+    """Where the shards come from; None: they lie in ``root``. With a store, ``root`` is its cache."""
 
     @classmethod
     def open(cls, root: str | Path, domains: Sequence[str] | None = None) -> Catalogue:

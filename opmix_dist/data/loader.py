@@ -1,4 +1,4 @@
-"""Batches of tokens for one data-parallel rank, and the fixed held-out samples of a search.
+"""Batches for one data-parallel rank, and the fixed held-out samples of a search.
 
 The sampler plans global batches; this rank reads its rows of each, in this process or in workers. Workers
 run ahead of the training, so every planned batch keeps the sampler's position on both sides of it: the state
@@ -7,29 +7,37 @@ is that of the last batch handed out, and new weights act on the next one.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from opmix_dist.data.batch import Rows, TokenBatch, stack
 from opmix_dist.data.catalogue import Catalogue, Split
-from opmix_dist.data.sampler import MixtureSampler, Position
+from opmix_dist.data.fetcher import Fetcher
+from opmix_dist.data.lookahead import Lookahead
+from opmix_dist.data.remote import open_catalogue
+from opmix_dist.data.sampler import SHUFFLE_BLOCK, MixtureSampler, Position
+from opmix_dist.data.samples import Sample
 from opmix_dist.data.shards import ShardedSplit
 from opmix_dist.errors import UserError
 from opmix_dist.seeds import derive_seed
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LoadedBatch:
     """One rank's rows of a global batch: B/W samples of T tokens."""
 
-    tokens: Tensor  # int64 [B/W, T]
-    domain_ids: Tensor  # int64 [B/W], into the catalogue's names
+    batch: TokenBatch  # [B/W, T]
+    domain_ids: Tensor  # int64 [B/W], into the loader's names
     number: int  # of the global batch, from 0 at the start of the run
 
 
@@ -37,8 +45,22 @@ class LoadedBatch:
 class EvalSet:
     """Held-out samples, ordered by domain."""
 
-    tokens: Tensor  # int64 [N, T]
+    batch: TokenBatch  # [N, T]
     domain_ids: Tensor  # int64 [N], into the catalogue's names
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How samples are read; changes neither which nor in what order."""
+
+    mask_documents: bool = False
+    """Positions restart at document boundaries and attention stays within documents."""
+    verify: bool = False
+    """Compare every shard with its hash when a process first reads it."""
+    fetch_threads: int = 8
+    """Shards of a store that are fetched at the same time, by each rank."""
+    fetch_ahead: int = 16
+    """Shards of a store to fetch before they are needed, by each rank; 0 fetches when they are read."""
 
 
 class MixtureLoader:
@@ -51,11 +73,15 @@ class MixtureLoader:
         weights: name to weight, sums to 1; what is not named weighs 0.
         split: ``train`` or ``eval``.
         global_batch_size: samples per batch over all ranks, B.
-        rank, world_size: of the data-parallel group; rank r gets rows [r B/W, (r+1) B/W).
+        rank, world_size: of the data-parallel group; rank r gets rows [r B/W, (r+1) B/W). Tensor- and
+            pipeline-parallel ranks of one replica pass the replica's rank, and read the same rows.
         seed: of the order, the same on all ranks.
         num_workers: reader processes; 0 reads in this one.
         prefetch_batches: batches that each worker keeps ready.
         max_epochs: name to the epochs after which a domain may not be drawn from.
+        on_exhausted: what happens then: ``stop`` raises, ``renormalize`` goes on without the domain.
+        shuffle_block: samples of a domain that are shuffled together, at least.
+        reading: how samples are read.
 
     Raises:
         UserError: B not divisible by W, shards that contradict the catalogue, or what
@@ -75,22 +101,38 @@ class MixtureLoader:
         num_workers: int = 0,
         prefetch_batches: int = 2,
         max_epochs: Mapping[str, float] | None = None,
+        on_exhausted: Literal["stop", "renormalize"] = "stop",
+        shuffle_block: int = SHUFFLE_BLOCK,
+        reading: ReadOptions = ReadOptions(),
     ) -> None:
         if global_batch_size % world_size:
             raise UserError(
                 f"global batch of {global_batch_size} samples does not divide over {world_size} ranks: make "
                 f"it a multiple"
             )
-        self._reader = _SampleReader(catalogue, split)
-        sizes = {n: s.shard_sizes for n, s in zip(catalogue.names, self._reader.splits, strict=True)}
+        self.catalogue, self._split, self._options = catalogue, split, reading
+        self._reader = _SampleReader(catalogue, split, reading)
         self._sampler = MixtureSampler(
-            sizes, weights, global_batch_size=global_batch_size, seed=seed, max_epochs=max_epochs
+            self._reader.shard_sizes(catalogue.names),
+            weights,
+            global_batch_size=global_batch_size,
+            seed=seed,
+            max_epochs=max_epochs,
+            on_exhausted=on_exhausted,
+            shuffle_block=shuffle_block,
         )
         per_rank = global_batch_size // world_size
         self._rows = slice(rank * per_rank, (rank + 1) * per_rank)
         self._num_workers, self._prefetch_batches = num_workers, prefetch_batches
         self._workers: DataLoader[Any] | None = None
+        self._fetcher = self._start_fetcher()
+        self._warn_of_a_small_cache(shuffle_block)
         self._rewind(self._sampler.position)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The domains that ``domain_ids`` number: the catalogue's, and behind them those that joined."""
+        return self.catalogue.names
 
     def __iter__(self) -> MixtureLoader:
         return self
@@ -102,17 +144,23 @@ class MixtureLoader:
             UserError: a sample cannot be read, or a domain is used up. The loader then stands before this
                 batch, which can be asked for again.
         """
-        tokens = self._receive()
+        batch = self._receive()
         planned = self._planned.popleft()
         self._position = planned.after
-        return LoadedBatch(tokens, planned.domain_ids, planned.after.batches - 1)
+        return LoadedBatch(batch, planned.domain_ids, planned.after.batches - 1)
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
         """Hand out the very next batch, and those after it, in these proportions; on every rank alike.
 
+        A name that is new joins, when the catalogue's root has that domain by now: it begins at its first
+        sample, or where a state that was loaded left it. A name that is not given any more weighs 0, and its
+        place in its order is kept.
+
         Raises:
-            UserError: weights that are no mixture of the known domains; nothing changes then.
+            UserError: weights that are no mixture of domains that can be found; nothing changes then.
         """
+        if joining := [name for name in weights if name not in self.names]:
+            self._join(joining, weights)
         self._sampler.set_weights(weights)
         self._rewind(self._position)
 
@@ -134,9 +182,58 @@ class MixtureLoader:
         self._rewind(self._sampler.position)
 
     def close(self) -> None:
-        """End the workers. A later batch starts them again."""
+        """End the workers and the fetching. A later batch starts them again."""
         self._rewind(self._position)
         self._workers = None
+        if self._fetcher is not None:
+            self._fetcher.close()
+
+    def _join(self, joining: Sequence[str], weights: Mapping[str, float]) -> None:
+        """Open more domains; the old ones keep their numbers."""
+        store = self.catalogue.store
+        root = store.remote if store else str(self.catalogue.root)
+        catalogue = open_catalogue(root, [*self.names, *joining], store)
+        reader = _SampleReader(catalogue, self._split, self._options)
+        trial = self._sampler.copy()
+        for sampler in (trial, self._sampler):  # what the trial refuses changes nothing
+            sampler.add_domains(reader.shard_sizes(joining))
+            sampler.set_weights(weights)
+        self.close()
+        self.catalogue, self._reader = catalogue, reader
+        self._fetcher = self._start_fetcher()
+
+    def _start_fetcher(self) -> Fetcher | None:
+        if self.catalogue.store is None or not self._options.fetch_ahead:
+            return None
+        return Fetcher(self._reader.splits, threads=self._options.fetch_threads)
+
+    def _look_ahead(self) -> Lookahead | None:
+        if self._fetcher is None:
+            return None
+        return Lookahead(
+            self._sampler.copy(),
+            self._reader.splits,
+            self._rows,
+            ahead=self._options.fetch_ahead,
+            tell=self._fetcher.want,
+        )
+
+    def _warn_of_a_small_cache(self, shuffle_block: int) -> None:
+        """Each domain is read in blocks of shards; a cache that does not hold them fetches shards repeatedly."""
+        store = self.catalogue.store
+        if store is None or store.limit_bytes is None:
+            return
+        used = [
+            split for split, weight in zip(self._reader.splits, self._sampler.weights, strict=True) if weight
+        ]
+        blocks = sum(split.bytes_of_block(shuffle_block) for split in used)
+        if blocks > store.limit_bytes:
+            log.warning(
+                "data.cache_limit of %d bytes holds less than the %d that are shuffled together: shards will be "
+                "fetched several times; raise it or lower data.shuffle_block",
+                store.limit_bytes,
+                blocks,
+            )
 
     def _rewind(self, position: Position) -> None:
         """Stand behind the batch at ``position``; what was planned beyond it is planned again."""
@@ -144,9 +241,10 @@ class MixtureLoader:
         self._planned: deque[_Planned] = deque()
         self._stop: UserError | None = None
         self._arriving: Iterator[Any] | None = None
+        self._lookahead: Lookahead | None = None
 
-    def _receive(self) -> Tensor:
-        """Tokens [B/W, T] of the oldest planned batch, or what stopped its reading or the plan, raised."""
+    def _receive(self) -> TokenBatch:
+        """The oldest planned batch [B/W, T], or what stopped its reading or the plan, raised."""
         if self._arriving is None:
             self._arriving = self._start()
         try:
@@ -156,7 +254,7 @@ class MixtureLoader:
         if isinstance(received, UserError):
             self._rewind(self._position)
             raise received
-        return torch.from_numpy(received.astype(np.int64))
+        return TokenBatch.of_rows(received, mask_documents=self._options.mask_documents)
 
     def _start(self) -> Iterator[Any]:
         """Iterate over the plan anew; live workers stay, and what they read of an older plan is dropped."""
@@ -176,7 +274,10 @@ class MixtureLoader:
 
     def _plan(self) -> Iterator[list[tuple[int, int]]]:
         """This rank's (domain, sample id) of each batch, as far ahead as the workers ask for."""
+        self._lookahead = self._look_ahead()
         while True:
+            if self._lookahead is not None:
+                self._lookahead.step(self._sampler.position.batches)
             try:
                 domains, samples = self._sampler.draw()
             except UserError as error:
@@ -188,7 +289,13 @@ class MixtureLoader:
 
 
 def eval_batches(
-    catalogue: Catalogue, *, samples_per_domain: int, seed: int, skip: int = 0, split: Split = "eval"
+    catalogue: Catalogue,
+    *,
+    samples_per_domain: int,
+    seed: int,
+    skip: int = 0,
+    split: Split = "eval",
+    reading: ReadOptions = ReadOptions(),
 ) -> EvalSet:
     """Fixed held-out samples: the first of a seeded permutation of each domain, fewer if it has fewer.
 
@@ -205,7 +312,7 @@ def eval_batches(
     """
     if samples_per_domain < 1:
         raise UserError(f"samples_per_domain is {samples_per_domain}: give at least 1")
-    reader = _SampleReader(catalogue, split)
+    reader = _SampleReader(catalogue, split, reading)
     chosen: list[tuple[int, int]] = []
     for domain, name in enumerate(catalogue.names):
         order = np.random.default_rng(derive_seed(seed, "eval", name)).permutation(len(reader.splits[domain]))
@@ -215,40 +322,58 @@ def eval_batches(
                 "search.candidates.samples_per_domain, or prepare it with a larger --eval-fraction"
             )
         chosen += [(domain, sample) for sample in order[skip : skip + samples_per_domain].tolist()]
-    tokens = np.stack([reader.read(domain, sample) for domain, sample in chosen]).astype(np.int64)
-    return EvalSet(torch.from_numpy(tokens), torch.tensor([domain for domain, _ in chosen]))
+    rows = reader.__getitems__(chosen)
+    if isinstance(rows, UserError):
+        raise rows
+    batch = TokenBatch.of_rows(rows, mask_documents=reading.mask_documents)
+    return EvalSet(batch, torch.tensor([domain for domain, _ in chosen]))
 
 
-class _SampleReader(Dataset[np.ndarray]):
+class _SampleReader(Dataset[Sample]):
     """Reads samples of the catalogue's domains; what workers hold a copy of."""
 
-    def __init__(self, catalogue: Catalogue, split: Split) -> None:
+    def __init__(self, catalogue: Catalogue, split: Split, options: ReadOptions) -> None:
         self.names, self.vocab_size = catalogue.names, catalogue.vocab_size
-        self.splits = [ShardedSplit(catalogue.split_dir(name, split)) for name in catalogue.names]
+        self.length = catalogue.sequence_length
+        self.splits = [
+            ShardedSplit(catalogue.split_dir(name, split), catalogue.store, verify=options.verify)
+            for name in catalogue.names
+        ]
         for name, shards, samples in zip(self.names, self.splits, catalogue.samples(split), strict=True):
-            if (len(shards), shards.sequence_length) != (samples, catalogue.sequence_length):
+            if len(shards) != samples:
                 raise UserError(
-                    f"domain {name}: {shards.local} has {len(shards)} samples of {shards.sequence_length} "
-                    f"tokens, its domain.json says {samples} of {catalogue.sequence_length}; prepare it again"
+                    f"domain {name}: {shards.local} has {len(shards)} samples, its domain.json says {samples}; "
+                    f"prepare it again"
                 )
 
-    def read(self, domain: int, sample: int) -> np.ndarray:
-        """Token ids [T]; UserError when they cannot be read or are none of the vocabulary's."""
-        tokens = self.splits[domain].read(sample)
-        if tokens.max() >= self.vocab_size:  # on a GPU an embedding ends in an assertion that names nothing
-            raise UserError(
-                f"domain {self.names[domain]}: sample {sample} in {self.splits[domain].local} has token "
-                f"{tokens.max()}, beyond the vocabulary of {self.vocab_size}; prepare it again"
-            )
-        return tokens
+    def shard_sizes(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Samples per shard, by domain."""
+        return {name: self.splits[self.names.index(name)].shard_sizes for name in names}
 
-    def __getitems__(self, rows: Sequence[tuple[int, int]]) -> np.ndarray | UserError:
-        """Token ids [rows, T] of (domain, sample id)s.
+    def read(self, domain: int, sample: int) -> Sample:
+        """One sample; UserError when it cannot be read or is none of this catalogue's."""
+        found = self.splits[domain].read(sample)
+        if fault := self._fault(found):
+            raise UserError(
+                f"domain {self.names[domain]}: sample {sample} in {self.splits[domain].local} {fault}; "
+                f"prepare it again"
+            )
+        return found
+
+    def _fault(self, sample: Sample) -> str | None:
+        if len(sample.tokens) > self.length:
+            return f"has {len(sample.tokens)} tokens, more than {self.length}"
+        if sample.tokens.max() >= self.vocab_size:  # on a GPU an embedding's assertion would name nothing
+            return f"has token {sample.tokens.max()}, beyond the vocabulary of {self.vocab_size}"
+        return None
+
+    def __getitems__(self, rows: Sequence[tuple[int, int]]) -> Rows | UserError:
+        """The samples [rows, T] of (domain, sample id)s, in the compact form that workers send.
 
         An error is returned, to be raised by the receiver: DataLoader would wrap it in a worker's traceback.
         """
         try:
-            return np.stack([self.read(domain, sample) for domain, sample in rows])
+            return stack([self.read(domain, sample) for domain, sample in rows], self.length)
         except UserError as error:
             return error
 

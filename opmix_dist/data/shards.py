@@ -1,42 +1,57 @@
 """Random access to the MDS shards of one split of one domain.
 
 StreamingDataset is not used: its constructor makes collectives and shared memory, and refuses a folder that
-another live process reads, while here trainers and pool read the same shards. Its parts, Stream (download,
-decompress) and the MDS reader, do the work.
+another live process reads, while here trainers and pool read the same shards. Its MDS reader decodes them.
 """
 
 from __future__ import annotations
 
-import re
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from filelock import FileLock
 from pydantic import BaseModel, Field, ValidationError
 
 from opmix_dist.data.mds import import_streaming
+from opmix_dist.data.samples import HASH, INDEX_FILE, Sample, columns_fault
+from opmix_dist.data.store import TOUCH_INTERVAL_S, ShardStore, StoredFile, file_hash, one_line, size_of
 from opmix_dist.errors import UserError
 
-COLUMN = "tokens"
-MAX_INDEX_BYTES = 256 << 20
-DOWNLOAD_ATTEMPTS = 3
-DOWNLOAD_TIMEOUT_S = 600.0
+MAX_INDEX_BYTES = 1 << 30
+OPEN_READERS = 256
+# Times that a shard is fetched again when other processes' fetches have pushed it out before it was read.
+READ_ATTEMPTS = 5
 
 
 class _File(BaseModel):
     basename: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="no path: stays in the folder")
     bytes: int = Field(ge=1)
+    hashes: dict[str, str] = {}
 
 
 class _Shard(BaseModel):
     version: Literal[2]
     format: Literal["mds"]
-    column_names: tuple[Literal["tokens"]]
-    column_encodings: tuple[str]
+    column_names: tuple[str, ...]
+    column_encodings: tuple[str, ...]
     samples: int = Field(ge=1)
+    compression: str | None
     raw_data: _File
     zip_data: _File | None
+
+    def stored_file(self) -> StoredFile:
+        raw, zipped = self.raw_data, self.zip_data
+        return StoredFile(
+            raw_name=raw.basename,
+            raw_bytes=raw.bytes,
+            raw_hash=raw.hashes.get(HASH),
+            zip_name=zipped.basename if zipped else None,
+            zip_bytes=zipped.bytes if zipped else 0,
+            zip_hash=zipped.hashes.get(HASH) if zipped else None,
+        )
 
 
 class _Index(BaseModel):
@@ -49,40 +64,62 @@ class _Index(BaseModel):
 class ShardedSplit:
     """The samples of one split, by number, in the order in which they were written.
 
-    A shard is fetched when a sample of it is first read, and its file is opened for each read, so that
-    processes share no handle. Pickling keeps the two paths only.
+    A shard is fetched or decompressed when a sample of it is first read, and its file is opened for each
+    read, so that processes share no handle. Pickling keeps the arguments only.
 
     Args:
-        local: folder with ``index.json`` and the shards, or the cache of ``remote``.
-        remote: folder or URL (``s3://``, ``gs://``, ...) that the shards are downloaded from when needed.
+        local: folder with ``index.json`` and the shards; with a store, the place of the split in its cache.
+        store: where shards that are not here come from.
+        verify: compare each shard with its hash when this object first reads it, whatever was checked before.
 
     Raises:
-        UserError: a missing or damaged index, a column other than ``tokens`` of uint16 or uint32, a file
-            name that leaves the folder, or shards of several sequence lengths.
+        UserError: a missing or damaged index, columns that are none of a sample's (``pkl`` above all), a file
+            name that leaves the folder, or a compression other than zstd.
     """
 
-    def __init__(self, local: Path, remote: str | None = None) -> None:
-        self.local, self.remote = Path(local), remote
-        self._stream = _open_stream(self.local, remote)
-        index_file = self.local / "index.json"
-        if remote is not None and not index_file.exists():
-            with _only_this_process(self.local):
-                _load_readers(self._stream, index_file)  # downloads the index
-        index = _read_index(index_file)
-        self.sequence_length = _sequence_length(index, index_file)
-        self._readers = _load_readers(self._stream, index_file)
+    def __init__(self, local: Path, store: ShardStore | None = None, *, verify: bool = False) -> None:
+        self.local, self.store, self.verify = Path(local), store, verify
+        index = _read_index(self.local / INDEX_FILE)
+        self.files = [shard.stored_file() for shard in index.shards]
         self.shard_sizes = np.array([shard.samples for shard in index.shards], dtype=np.int64)
+        self._columns = index.shards[0].column_names, index.shards[0].column_encodings
         self._ends = np.cumsum(self.shard_sizes)
-        self._fetched = np.zeros(len(self.shard_sizes), dtype=bool)
+        self._ready = np.zeros(len(self.files), dtype=bool)
+        self._touched = np.zeros(len(self.files))
+        self._readers: OrderedDict[int, Any] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __reduce__(self) -> tuple[type[ShardedSplit], tuple[Path, str | None]]:
-        return ShardedSplit, (self.local, self.remote)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (self.local, self.store, self.verify)
 
-    def read(self, sample_id: int) -> np.ndarray:
-        """Token ids [T] of one sample, uint16 or uint32.
+    @property
+    def folder(self) -> str:
+        """Relative to the catalogue's root: ``DOMAIN/SPLIT``."""
+        return "/".join(self.local.parts[-2:])
+
+    @property
+    def stored_bytes(self) -> int:
+        """Uncompressed."""
+        return sum(file.raw_bytes for file in self.files)
+
+    def bytes_of_block(self, samples: int) -> int:
+        """What about ``samples`` samples take, in whole shards; at most the split."""
+        per_sample = self.stored_bytes / len(self)
+        largest = max(file.raw_bytes for file in self.files)
+        return min(self.stored_bytes, int(samples * per_sample) + largest)
+
+    def is_here(self, shard: int) -> bool:
+        """Whether the shard's uncompressed file is on this machine, going by its size."""
+        return self.size_on_disk(shard) == self.files[shard].raw_bytes
+
+    def size_on_disk(self, shard: int) -> int:
+        """Bytes of the shard's uncompressed file; -1 when it is not here."""
+        return size_of(self.local / self.files[shard].raw_name)
+
+    def read(self, sample_id: int) -> Sample:
+        """One sample.
 
         Raises:
             IndexError: ``sample_id`` is not in [0, len).
@@ -91,102 +128,119 @@ class ShardedSplit:
         if not 0 <= sample_id < len(self):
             raise IndexError(f"sample {sample_id} of {len(self)} in {self.local}")
         shard = int(np.searchsorted(self._ends, sample_id, side="right"))
-        if not self._fetched[shard]:
-            self._fetch(shard)
         row = int(sample_id - (self._ends[shard] - self.shard_sizes[shard]))
-        try:
-            tokens: np.ndarray = self._readers[shard].get_item(row)[COLUMN]
-        except (OSError, ValueError, IndexError, MemoryError) as error:
-            raise self._damaged(shard, f"sample {row} cannot be read ({_one_line(error)})") from None
-        return tokens
+        for _ in range(READ_ATTEMPTS):
+            self._require_here(shard)
+            try:
+                return Sample.from_row(self._reader(shard).get_item(row))
+            except FileNotFoundError:  # removed from the cache since
+                self._ready[shard] = False
+            except (OSError, ValueError, IndexError, KeyError, MemoryError) as error:
+                raise self._damaged(shard, f"sample {row} cannot be read ({one_line(error)})") from None
+        raise self._damaged(
+            shard, f"was removed {READ_ATTEMPTS} times before it was read: is the cache too small?"
+        )
+
+    def _require_here(self, shard: int) -> None:
+        """Have the shard's file here, whole."""
+        if not self._ready[shard]:
+            self._fetch(shard)
+            if self.verify:
+                self._require_hash(shard)
+            self._ready[shard] = True
+        if self.store is not None and time.monotonic() - self._touched[shard] > TOUCH_INTERVAL_S:
+            self._touched[shard] = time.monotonic()
+            self.store.touch(self.local / self.files[shard].raw_name)
 
     def _fetch(self, shard: int) -> None:
-        """Have the shard's file here, whole."""
-        reader = self._readers[shard]
-        path = self.local / reader.raw_data.basename
-        if _size(path) != reader.raw_data.bytes and (self.remote is not None or reader.zip_data is not None):
-            with _only_this_process(self.local):
-                self._download(shard, path)
-        if _size(path) != reader.raw_data.bytes:
-            raise self._damaged(shard, f"{_size(path)} of {reader.raw_data.bytes} bytes are there")
-        self._fetched[shard] = True
-
-    def _download(self, shard: int, path: Path) -> None:
-        """Fetch and decompress under the lock, unless another process just has."""
-        reader = self._readers[shard]
-        if _size(path) == reader.raw_data.bytes:
+        if self.is_here(shard):
             return
-        path.unlink(missing_ok=True)  # what a killed download or decompression left
-        try:
-            self._stream.prepare_shard(reader)
-        except Exception as error:  # every store's client raises its own
-            raise self._damaged(shard, f"it cannot be fetched ({_one_line(error)})") from error
+        file, store = self.files[shard], self.store
+        if store is None and file.zip_name is not None:  # decompressed beside its compressed file
+            root = self.local.parent.parent
+            store = ShardStore(str(root), root, attempts=1)
+        if store is not None:
+            store.fetch(self.folder, file)
+        if not self.is_here(shard):
+            there = self.size_on_disk(shard)
+            raise self._damaged(
+                shard, f"{there} of {file.raw_bytes} bytes are there" if there >= 0 else "is missing"
+            )
+
+    def _require_hash(self, shard: int) -> None:
+        """Of the file on disk; one from a store is fetched anew before it is given up."""
+        file = self.files[shard]
+        path, wanted = self.local / file.raw_name, file.raw_hash
+        if wanted is None:
+            raise self._damaged(shard, "has no hash in its index, which data.verify_shards: always needs")
+        if file_hash(path) != wanted and self.store is not None:
+            path.unlink(missing_ok=True)
+            self._fetch(shard)
+        if file_hash(path) != wanted:
+            raise self._damaged(shard, "its hash is not the one of its index: flipped bytes")
+
+    def _reader(self, shard: int) -> Any:
+        reader = self._readers.get(shard)
+        if reader is None:
+            reader = _mds_reader(self.local, self.files[shard], *self._columns)
+            self._readers[shard] = reader
+            if len(self._readers) > OPEN_READERS:
+                self._readers.popitem(last=False)
+        return reader
 
     def _damaged(self, shard: int, what: str) -> UserError:
-        path = self.local / self._readers[shard].raw_data.basename
+        path = self.local / self.files[shard].raw_name
         return UserError(f"shard {path}: {what}; copy it again or prepare the domain again")
 
 
-def _open_stream(local: Path, remote: str | None) -> Any:
-    import_streaming()
-    from streaming.base import Stream
+def _reopened(local: Path, store: ShardStore | None, verify: bool) -> ShardedSplit:
+    return ShardedSplit(local, store, verify=verify)
 
-    if remote is not None:
-        local.mkdir(parents=True, exist_ok=True)
-    return Stream(
-        local=str(local),
-        remote=remote,
-        download_retry=DOWNLOAD_ATTEMPTS,
-        download_timeout=DOWNLOAD_TIMEOUT_S,
-        keep_zip=False,
+
+def _mds_reader(local: Path, file: StoredFile, names: Sequence[str], encodings: Sequence[str]) -> Any:
+    import_streaming()
+    from streaming.base.format.base.reader import FileInfo
+    from streaming.base.format.mds.encodings import get_mds_encoded_size
+    from streaming.base.format.mds.reader import MDSReader
+
+    return MDSReader(
+        dirname=str(local),
+        split=None,
+        column_encodings=list(encodings),
+        column_names=list(names),
+        column_sizes=[get_mds_encoded_size(encoding) for encoding in encodings],
+        compression=None,
+        hashes=[],
+        raw_data=FileInfo(basename=file.raw_name, bytes=file.raw_bytes, hashes={}),
+        samples=1 << 32,  # IndexError is left to the file: its offsets tell how many there are
+        size_limit=None,
+        zip_data=None,
     )
 
 
-def _load_readers(stream: Any, index_file: Path) -> list[Any]:
-    """One reader per shard; a world of one process, so that no collective is made."""
-    from streaming.base.world import World
-
-    try:
-        readers: list[Any] = stream.get_shards(World(1, 1, 1, 0), allow_unsafe_types=False)
-    except Exception as error:  # of the format, the file system, or the remote store's client
-        raise UserError(f"{index_file} cannot be read: {_one_line(error)}") from error
-    return readers
-
-
 def _read_index(path: Path) -> _Index:
-    size = _size(path)
-    if size > MAX_INDEX_BYTES:
+    if size_of(path) > MAX_INDEX_BYTES:
         raise UserError(f"{path} is larger than {MAX_INDEX_BYTES} bytes, which no such index is")
     try:
-        return _Index.model_validate_json(path.read_bytes())
+        index = _Index.model_validate_json(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; prepare the domain again") from None
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path}: `{key}`: {first['msg']}; prepare the domain again") from None
+    if fault := _index_fault(index):
+        raise UserError(f"{path}: {fault}; make shards with `opmix prepare`, which also reads foreign MDS")
+    return index
 
 
-def _sequence_length(index: _Index, path: Path) -> int:
-    """T of all shards; refuses every encoding but token ids, `pkl` above all."""
-    encodings = sorted({shard.column_encodings[0] for shard in index.shards})
-    found = [re.fullmatch(r"ndarray:uint(?:16|32):([1-9][0-9]{0,7})", encoding) for encoding in encodings]
-    lengths = {int(match[1]) for match in found if match}
-    if None in found or len(lengths) != 1:
-        raise UserError(
-            f"{path}: column `{COLUMN}` is {', '.join(encodings)}, not ndarray:uint16:T or ndarray:uint32:T "
-            f"of one length T; prepare the domain again"
-        )
-    return lengths.pop()
-
-
-def _only_this_process(folder: Path) -> FileLock:
-    return FileLock(folder / ".fetch.lock")
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _index_fault(index: _Index) -> str | None:
+    first = index.shards[0]
+    if len(first.column_names) != len(first.column_encodings):
+        return "its columns have names and encodings of different number"
+    for shard in index.shards:
+        if (shard.column_names, shard.column_encodings) != (first.column_names, first.column_encodings):
+            return "its shards have different columns"
+        if (shard.zip_data is None) != (shard.compression is None) or shard.compression not in (None, "zstd"):
+            return f"compression {shard.compression} is neither none nor zstd"
+    return columns_fault(first.column_names, first.column_encodings)

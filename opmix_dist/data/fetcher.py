@@ -1,0 +1,150 @@
+"""Fetching shards ahead of their use, in a process of its own, so that training's interpreter has no part in it.
+
+The loader writes what it will need as JSON lines to the process's standard input: first a store and the splits'
+folders, then, each time it changes, the list of (split, shard) in the order of need. The result is the files in
+the cache. The process ends with its input, or with its parent.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import IO, Any
+
+from opmix_dist.data.shards import ShardedSplit
+from opmix_dist.data.store import ShardStore
+from opmix_dist.errors import UserError
+from opmix_dist.process import die_with_parent
+
+log = logging.getLogger(__name__)
+
+MAX_STARTS = 3
+PAUSE_AFTER_FAILURE_S = 30.0
+IDLE_S = 0.5
+
+
+class Fetcher:
+    """The loader's end of the process, which is started with the first wish and again when it has died.
+
+    Args:
+        splits: by the index that wishes use; all of one store.
+        threads: shards that are fetched at the same time.
+    """
+
+    def __init__(self, splits: Sequence[ShardedSplit], *, threads: int) -> None:
+        store = splits[0].store
+        assert store is not None
+        self._hello = {"store": store.to_json(), "folders": [s.folder for s in splits], "threads": threads}
+        self._process: subprocess.Popen[str] | None = None
+        self._starts = 0
+
+    def want(self, shards: list[tuple[int, int]]) -> None:
+        """Replace what is to be fetched. Never raises: without it, shards are fetched when they are read."""
+        if self._process is None and not self._start():
+            return
+        try:
+            self._send(shards)
+        except OSError:
+            self.close()
+            if self._starts < MAX_STARTS:
+                log.warning("the process that fetches shards ahead has died: starting another")
+            else:
+                log.warning(
+                    "the process that fetches shards ahead died %d times: going on without", MAX_STARTS
+                )
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _start(self) -> bool:
+        if self._starts == MAX_STARTS:
+            return False
+        self._starts += 1
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "opmix_dist.data.fetcher"], stdin=subprocess.PIPE, text=True
+        )
+        self._send(self._hello)
+        return True
+
+    def _send(self, message: Any) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
+
+
+class _Wishes:
+    """What is to be fetched next; shared by the threads."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._wanted: list[tuple[int, int]] = []
+        self._busy: set[tuple[int, int]] = set()
+        self._not_before: dict[tuple[int, int], float] = {}
+
+    def replace(self, wanted: list[tuple[int, int]]) -> None:
+        with self._changed:
+            self._wanted = wanted
+            self._changed.notify_all()
+
+    def take(self, splits: Sequence[ShardedSplit]) -> tuple[int, int]:
+        """Wait for the first wanted shard that is neither here nor being fetched nor failed a moment ago."""
+        with self._changed:
+            while True:
+                now = time.monotonic()
+                for pair in self._wanted:
+                    if pair in self._busy or self._not_before.get(pair, 0.0) > now:
+                        continue
+                    if not splits[pair[0]].is_here(pair[1]):
+                        self._busy.add(pair)
+                        return pair
+                self._changed.wait(IDLE_S)
+
+    def done(self, pair: tuple[int, int], *, failed: bool) -> None:
+        with self._changed:
+            self._busy.discard(pair)
+            if failed:
+                self._not_before[pair] = time.monotonic() + PAUSE_AFTER_FAILURE_S
+
+
+def serve(lines: IO[str]) -> None:
+    """Read wishes until the input ends."""
+    hello = json.loads(lines.readline())
+    store = ShardStore.from_json(hello["store"])
+    splits = [ShardedSplit(store.cache / folder, store) for folder in hello["folders"]]
+    wishes = _Wishes()
+    for _ in range(hello["threads"]):
+        threading.Thread(target=_work, args=(store, splits, wishes), daemon=True).start()
+    for line in lines:
+        wanted = [(split, shard) for split, shard in json.loads(line)]
+        wishes.replace(wanted)
+        for split, shard in wanted:  # nothing that is needed soon gives way to what is fetched
+            store.touch(splits[split].local / splits[split].files[shard].raw_name)
+
+
+def _work(store: ShardStore, splits: Sequence[ShardedSplit], wishes: _Wishes) -> None:
+    while True:
+        pair = wishes.take(splits)
+        failed = False
+        try:
+            store.fetch(splits[pair[0]].folder, splits[pair[0]].files[pair[1]])
+        except UserError as error:  # whoever reads the shard meets it too, and stops
+            log.warning("%s", error)
+            failed = True
+        finally:
+            wishes.done(pair, failed=failed)
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    logging.basicConfig(format="fetcher: %(message)s")
+    serve(sys.stdin)
+    os._exit(0)  # threads that fetch for nobody any more

@@ -1,0 +1,148 @@
+"""A catalogue that lies elsewhere: its small files are mirrored at once, its shards when they are needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import posixpath
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from opmix_dist.data.catalogue import DOMAIN_FILE, SPLITS, TOKENIZER, Catalogue, check_domain_name
+from opmix_dist.data.samples import INDEX_FILE
+from opmix_dist.data.store import LOCKS, ShardStore, one_line, write_whole
+from opmix_dist.errors import UserError
+
+
+def is_url(root: str) -> bool:
+    """Whether fsspec, and not the local file system, is to open ``root``."""
+    return "://" in root or "::" in root
+
+
+def open_catalogue(
+    root: str, domains: Sequence[str] | None = None, store: ShardStore | None = None
+) -> Catalogue:
+    """Open the domains of a folder, or of a store's remote root through its cache.
+
+    Args:
+        root: what the user wrote as ``data.root``; the store's remote, if there is one.
+        domains: names in the order wanted; None takes every domain, sorted.
+
+    Raises:
+        UserError: as :meth:`Catalogue.open`, or a remote that cannot be read, or a cache of other data.
+    """
+    if store is None:
+        return Catalogue.open(root, domains)
+    names = mirror(store, domains)
+    return dataclasses.replace(Catalogue.open(store.cache, names), store=store)
+
+
+def mirror(store: ShardStore, domains: Sequence[str] | None) -> list[str]:
+    """Have the domains' descriptions and indexes, and the tokenizer, in the cache; names of the domains.
+
+    Every process does this for itself, under a lock. ``domain.json`` is read anew each time, so that a cache of
+    data that was prepared again since is noticed; it is written last.
+    """
+    with _reading(store.remote) as remote:
+        names = sorted(remote.domains()) if domains is None else list(domains)
+        store.cache.mkdir(parents=True, exist_ok=True)
+        (store.cache / LOCKS).mkdir(exist_ok=True)
+        with FileLock(store.cache / LOCKS / "catalogue.lock"):
+            _mirror_tokenizer(remote, store.cache)
+            _mirror_domains(remote, store.cache, names)
+    return names
+
+
+def _mirror_tokenizer(remote: _Remote, cache: Path) -> None:
+    folder = cache / TOKENIZER
+    if (folder / "tokenizer.json").exists():  # its fingerprint is compared with every domain's
+        return
+    files = remote.read(remote.files(TOKENIZER))
+    for name, content in sorted(files.items(), key=lambda item: item[0].endswith("/tokenizer.json")):
+        write_whole(cache / name, content)
+
+
+def _mirror_domains(remote: _Remote, cache: Path, names: Sequence[str]) -> None:
+    described = remote.read([f"{check_domain_name(name)}/{DOMAIN_FILE}" for name in names])
+    new = [name for name in names if not _is_mirrored(cache, name, described[f"{name}/{DOMAIN_FILE}"])]
+    indexes = remote.read([f"{name}/{split}/{INDEX_FILE}" for name in new for split in SPLITS])
+    for path, content in indexes.items():
+        write_whole(cache / path, content)
+    for name in new:
+        write_whole(cache / name / DOMAIN_FILE, described[f"{name}/{DOMAIN_FILE}"])
+
+
+def _is_mirrored(cache: Path, name: str, described: bytes) -> bool:
+    mine = cache / name / DOMAIN_FILE
+    if not mine.exists():
+        return False
+    if mine.read_bytes() != described:
+        raise UserError(f"{cache / name} caches another version of domain {name}: delete that folder")
+    return True
+
+
+class _Remote:
+    """Small files of a remote root, by their path relative to it; many are read at once."""
+
+    def __init__(self, url: str, fs: Any, root: str) -> None:
+        self._url, self._fs, self._root = url, fs, root.rstrip("/")
+
+    def domains(self) -> list[str]:
+        """Names of the folders that hold a ``domain.json``."""
+        names = [name for name, kind in self._list("") if kind == "directory" and _is_domain_name(name)]
+        found = self._cat([f"{name}/{DOMAIN_FILE}" for name in names])
+        return [name for name in names if isinstance(found[f"{name}/{DOMAIN_FILE}"], bytes)]
+
+    def files(self, folder: str) -> list[str]:
+        return [f"{folder}/{name}" for name, kind in self._list(folder) if kind == "file"]
+
+    def read(self, paths: Sequence[str]) -> dict[str, bytes]:
+        """Contents by path; UserError names the first that is missing."""
+        found = self._cat(paths)
+        for path, content in found.items():
+            if isinstance(content, FileNotFoundError):
+                raise UserError(f"{self._url}/{path} does not exist: see data.root and data.domains")
+        return found
+
+    def _list(self, folder: str) -> Iterable[tuple[str, str]]:
+        path = posixpath.join(self._root, folder).rstrip("/")
+        self._fs.invalidate_cache()
+        for entry in self._fs.ls(path, detail=True):
+            name = posixpath.basename(entry["name"].rstrip("/"))
+            if name and entry["name"].rstrip("/") != path:  # some stores list the folder itself
+                yield name, entry["type"]
+
+    def _cat(self, paths: Sequence[str]) -> dict[str, Any]:
+        """Content, or FileNotFoundError, by path; any other error is raised."""
+        if not paths:
+            return {}
+        found: Mapping[str, Any] = self._fs.cat([f"{self._root}/{path}" for path in paths], on_error="return")
+        by_path = {path: found[f"{self._root}/{path}"] for path in paths}
+        for content in by_path.values():
+            if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
+                raise content
+        return by_path
+
+
+@contextmanager
+def _reading(url: str) -> Iterator[_Remote]:
+    """Anything that a store's client raises becomes one line that names the URL."""
+    import fsspec
+
+    try:
+        yield _Remote(url, *fsspec.core.url_to_fs(url))
+    except UserError:
+        raise
+    except Exception as error:  # of the store's client
+        raise UserError(f"data.root {url} cannot be read: {one_line(error)}") from error
+
+
+def _is_domain_name(name: str) -> bool:
+    try:
+        check_domain_name(name)
+    except UserError:
+        return False
+    return True

@@ -1,0 +1,317 @@
+"""Shards that lie elsewhere: fetched when needed, checked, kept in a folder of bounded size.
+
+Any fsspec URL or path can be the remote root. Processes of one machine share the cache folder and nothing
+else: a lock file for each shard being fetched, sizes from the file system, the time of last use from
+modification times. There is no shared memory and no server, so a killed process leaves nothing that stands
+in the way.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import xxhash
+from filelock import FileLock, Timeout
+
+from opmix_dist.errors import UserError
+
+log = logging.getLogger(__name__)
+
+BLOCK_BYTES = 1 << 20
+FIRST_PAUSE_S = 0.5
+TOUCH_INTERVAL_S = 5.0
+LOCKS = ".locks"
+TEMPORARY_SUFFIX = ".part"
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A shard as an index describes it."""
+
+    raw_name: str  # of the uncompressed file, which readers open
+    raw_bytes: int
+    raw_hash: str | None  # xxh3_128, hexadecimal
+    zip_name: str | None = None  # zstd; None: stored uncompressed
+    zip_bytes: int = 0
+    zip_hash: str | None = None
+
+    @property
+    def stored_name(self) -> str:
+        return self.zip_name or self.raw_name
+
+
+class DamagedError(Exception):
+    """What was fetched is not what the index describes."""
+
+
+@dataclass(frozen=True)
+class ShardStore:
+    """A remote root and its cache on this machine. Holds settings only: processes make their own copies."""
+
+    remote: str
+    """fsspec URL, or a path."""
+    cache: Path
+    """Folder that mirrors the remote's layout."""
+    limit_bytes: int | None = None
+    """Bound on what lies in the cache, what is being fetched included; None: no bound."""
+    check: bool = True
+    """Compare hashes of what is fetched with the index."""
+    attempts: int = 4
+    """Tries before a shard is given up, with growing pauses between them."""
+    timeout_s: float = 600.0
+    """Seconds for one try, and for waiting until another process has fetched."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "cache": str(self.cache)}
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> ShardStore:
+        return cls(**{**plain, "cache": Path(plain["cache"])})
+
+    def has(self, folder: str, file: StoredFile) -> bool:
+        return size_of(self.cache / folder / file.raw_name) == file.raw_bytes
+
+    def fetch(self, folder: str, file: StoredFile) -> None:
+        """Have ``cache/folder/raw_name`` there, whole, unless it is; other processes may ask meanwhile.
+
+        Args:
+            folder: of the shard, relative to both roots.
+
+        Raises:
+            UserError: it could not be fetched within the attempts; names the remote file.
+        """
+        local = self.cache / folder / file.raw_name
+        local.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with self._alone(folder, file.raw_name):
+                if not self.has(folder, file):
+                    self._fetch(f"{self.remote.rstrip('/')}/{folder}/{file.stored_name}", file, local)
+        except Timeout:
+            raise UserError(
+                f"shard {local}: another process has been fetching it for {self.timeout_s:.0f} s; "
+                f"look at that process, or raise data.fetch_timeout_s"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"shard {local}: cannot be written ({error.strerror or error}); mend data.cache"
+            ) from None
+
+    def touch(self, path: Path) -> None:
+        """Note that the shard is in use, so that others are removed before it."""
+        try:
+            if time.time() - path.stat().st_mtime > TOUCH_INTERVAL_S:
+                os.utime(path)
+        except OSError:  # removed meanwhile: whoever reads it fetches it again
+            pass
+
+    def _fetch(self, url: str, file: StoredFile, local: Path) -> None:
+        for attempt in range(self.attempts):
+            if attempt:
+                time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
+            with self._room(local, file) as temporary:
+                try:
+                    within(self.timeout_s, lambda: self._copy(url, file, temporary))
+                    os.replace(temporary, local)
+                    return
+                except _LocalError as error:
+                    raise error.cause from None
+                except Exception as error:  # every store's client raises its own
+                    reason = one_line(error)
+            log.warning("%s: attempt %d of %d failed: %s", url, attempt + 1, self.attempts, reason)
+        raise UserError(
+            f"shard {local}: {url} cannot be fetched ({reason}); tried {self.attempts} times: restore "
+            f"the file or see to the store"
+        )
+
+    def _copy(self, url: str, file: StoredFile, temporary: Path) -> None:
+        """One try; the file is on the disk and checked afterwards."""
+        import fsspec
+
+        with fsspec.open(url, "rb") as source, _local_errors(), open(temporary, "r+b", buffering=0) as out:
+            stored = _Checked(source, file.zip_bytes if file.zip_name else file.raw_bytes)
+            raw = _unzipped(stored) if file.zip_name else stored.blocks()
+            digest, written = xxhash.xxh3_128(), 0
+            for block in raw:
+                written += len(block)
+                if written > file.raw_bytes:
+                    raise DamagedError(f"more than the {file.raw_bytes} bytes of its index")
+                out.write(block)
+                digest.update(block)
+            stored.require_whole(file.zip_hash if self.check and file.zip_name else None)
+            if written != file.raw_bytes:
+                raise DamagedError(f"{written} of {file.raw_bytes} bytes")
+            if self.check and file.raw_hash and digest.hexdigest() != file.raw_hash:
+                raise DamagedError("its hash is not the one of its index: flipped bytes")
+            os.fsync(out.fileno())
+
+    @contextmanager
+    def _alone(self, folder: str, name: str) -> Iterator[None]:
+        locks = self.cache / LOCKS
+        locks.mkdir(parents=True, exist_ok=True)
+        with FileLock(locks / f"{folder}/{name}.lock".replace("/", "."), timeout=self.timeout_s):
+            yield
+
+    @contextmanager
+    def _room(self, local: Path, file: StoredFile) -> Iterator[Path]:
+        """A temporary file of the final size, made after enough old shards were removed."""
+        temporary = local.with_name(local.name + TEMPORARY_SUFFIX)
+        with self._alone("", "room"):
+            temporary.unlink(missing_ok=True)  # what a killed fetch left: the shard's lock is ours
+            if self.limit_bytes is not None:
+                self._evict(file.raw_bytes)
+            with open(temporary, "wb") as out:
+                out.truncate(file.raw_bytes)  # counts as taken from now on, whoever else looks
+        try:
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _evict(self, wanted: int) -> None:
+        """Remove shards, those unused for longest first, until ``wanted`` bytes fit under the limit.
+
+        A reader that has one open goes on reading it; one that opens it later fetches it again.
+        """
+        assert self.limit_bytes is not None
+        if wanted > self.limit_bytes:
+            raise UserError(
+                f"data.cache_limit of {self.limit_bytes} bytes holds no shard of {wanted} bytes: raise it"
+            )
+        entries = sorted((stat.st_mtime, stat.st_size, path) for path, stat in self._files())
+        taken = sum(size for _, size, _ in entries)
+        for _, size, path in entries:
+            if taken + wanted <= self.limit_bytes:
+                return
+            if path.suffix != TEMPORARY_SUFFIX:
+                path.unlink(missing_ok=True)
+                taken -= size
+        if taken + wanted > self.limit_bytes:
+            log.warning(
+                "data.cache_limit is passed while %d bytes of shards are being fetched at once", taken
+            )
+
+    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        for path in self.cache.glob("*/*/shard.*"):
+            try:
+                yield path, path.stat()
+            except OSError:  # gone since
+                continue
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a regular file; -1 when there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def file_hash(path: Path) -> str:
+    """xxh3_128 of a file, hexadecimal."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def within(timeout_s: float, work: Callable[[], None]) -> None:
+    """Run ``work()`` and raise what it raises, or TimeoutError when it takes longer.
+
+    A client that hangs cannot be stopped from outside; its thread is left behind and dies with the process.
+    """
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+            done.set_result(None)
+        except BaseException as error:
+            done.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if not done.done():
+        raise TimeoutError(f"no answer within {timeout_s:.0f} s")
+    done.result()
+
+
+class _LocalError(Exception):
+    """An OSError of this machine's disk, which no other attempt mends."""
+
+    def __init__(self, cause: OSError) -> None:
+        self.cause = cause
+
+
+class _RemoteError(Exception):
+    """What the store's client raised."""
+
+
+@contextmanager
+def _local_errors() -> Iterator[None]:
+    """Tell an OSError of our own file, such as a full disk, from one of the store's client."""
+    try:
+        yield
+    except OSError as error:
+        raise _LocalError(error) from None
+
+
+class _Checked:
+    """Reads a stored file in blocks, and knows in the end whether it was whole."""
+
+    def __init__(self, file: IO[bytes], expected: int) -> None:
+        self._file, self._expected = file, expected
+        self._digest, self._seen = xxhash.xxh3_128(), 0
+
+    def read(self, size: int = BLOCK_BYTES) -> bytes:
+        try:
+            block = self._file.read(size)
+        except OSError as error:  # not one of our own disk
+            raise _RemoteError(one_line(error)) from error
+        self._digest.update(block)
+        self._seen += len(block)
+        return block
+
+    def blocks(self) -> Iterator[bytes]:
+        while block := self.read():
+            yield block
+
+    def require_whole(self, expected_hash: str | None) -> None:
+        while self.read():  # what a decompressor had no use for
+            pass
+        if self._seen != self._expected:
+            raise DamagedError(f"{self._seen} of {self._expected} bytes")
+        if expected_hash and self._digest.hexdigest() != expected_hash:
+            raise DamagedError("its hash is not the one of its index: flipped bytes")
+
+
+def _unzipped(stored: _Checked) -> Iterator[bytes]:
+    import zstandard
+
+    try:
+        with zstandard.ZstdDecompressor().stream_reader(stored, read_across_frames=True) as reader:  # type: ignore[arg-type]
+            while block := reader.read(BLOCK_BYTES):
+                yield block
+    except zstandard.ZstdError as error:
+        raise DamagedError(f"it cannot be decompressed ({one_line(error)})") from None
