@@ -113,7 +113,8 @@ def write_shard(
     )
     for sample in samples:
         writer.write(sample.to_row())
-    writer.finish()
+    writer.flush_shard()  # finish() would write an index too, and may sleep for a second
+    writer.executor.shutdown()
     entry: dict[str, Any] = writer.shards[0]
     for key in ("raw_data", "zip_data"):
         if entry[key]:
