@@ -1,11 +1,15 @@
 """Writes small MDS splits and catalogues whose tokens tell which domain and sample they are."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from opmix_dist.data.catalogue import Catalogue, DomainInfo, SplitInfo
-from opmix_dist.data.mds import import_streaming
+from opmix_dist.data.catalogue import TOKENIZER, Catalogue, DomainInfo, SplitInfo, tokenizer_fingerprint
+from opmix_dist.data.samples import Compression, DType, Sample, write_index, write_shard
+from opmix_dist.data.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
 
 T = 8
 VOCAB = 50_000
@@ -16,32 +20,56 @@ def sample_tokens(domain: int, sample: int, dtype: str = "uint16") -> np.ndarray
     return np.array([domain, sample, *range(T - 2)], dtype=dtype)
 
 
+def sample(domain: int, number: int, dtype: str = "uint16") -> Sample:
+    """One document ends in its middle."""
+    return Sample(sample_tokens(domain, number, dtype), np.array([T // 2], dtype=np.uint32))
+
+
 def write_split(
-    folder: Path, domain: int, samples: int, *, per_shard: int = 7, dtype: str = "uint16", **options: str
+    folder: Path,
+    domain: int,
+    samples: int,
+    *,
+    per_shard: int = 7,
+    dtype: DType = "uint16",
+    compression: Compression = "none",
 ) -> None:
-    import_streaming()
-    from streaming import MDSWriter
-
-    # bytes: about 400 of header, then 4 of offset and the tokens per sample
-    size_limit = 400 + per_shard * (4 + T * np.dtype(dtype).itemsize)
-    columns = {"tokens": f"ndarray:{dtype}:{T}"}
-    with MDSWriter(out=str(folder), columns=columns, size_limit=size_limit, **options) as writer:
-        for sample in range(samples):
-            writer.write({"tokens": sample_tokens(domain, sample, dtype)})
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for number, first in enumerate(range(0, samples, per_shard)):
+        rows = [sample(domain, i, dtype) for i in range(first, min(first + per_shard, samples))]
+        entries.append(write_shard(folder, number, rows, dtype=dtype, spans=False, compression=compression))
+    write_index(folder, entries)
 
 
-def write_catalogue(root: Path, sizes: dict[str, int], *, eval_samples: int = 9) -> Catalogue:
-    for domain, (name, samples) in enumerate(sizes.items()):
-        write_split(root / name / "train", domain, samples)
-        write_split(root / name / "eval", domain, eval_samples)
-    return Catalogue(root, tuple(sizes), {name: _info(name, n, eval_samples) for name, n in sizes.items()})
+def write_domain(
+    root: Path, name: str, domain: int, samples: int, *, held_out: int = 9, **options: Any
+) -> None:
+    """A whole prepared domain, whose tokenizer is the one that :func:`write_tokenizer` writes."""
+    write_split(root / name / "train", domain, samples, **options)
+    write_split(root / name / "eval", domain, held_out, **options)
+    info = domain_info(name, tokenizer_fingerprint(root / TOKENIZER), samples, held_out)
+    (root / name / "domain.json").write_text(info.model_dump_json())
 
 
-def _info(name: str, train: int, held_out: int) -> DomainInfo:
+def write_catalogue(
+    root: Path, sizes: dict[str, int], *, eval_samples: int = 9, first_domain: int = 0, **options: Any
+) -> Catalogue:
+    write_tokenizer(root)
+    for domain, (name, samples) in enumerate(sizes.items(), first_domain):
+        write_domain(root, name, domain, samples, held_out=eval_samples, **options)
+    return Catalogue.open(root, list(sizes))
+
+
+def write_tokenizer(root: Path) -> None:
+    train_tokenizer(["a b c"], MIN_VOCAB_SIZE).save_pretrained(root / TOKENIZER)
+
+
+def domain_info(name: str, fingerprint: str, train: int, held_out: int) -> DomainInfo:
     return DomainInfo(
         format_version=1,
         name=name,
-        tokenizer_fingerprint="0" * 64,
+        tokenizer_fingerprint=fingerprint,
         vocab_size=VOCAB,
         sequence_length=T,
         dtype="uint16",
@@ -57,3 +85,10 @@ def _info(name: str, train: int, held_out: int) -> DomainInfo:
         seed=0,
         settings={},
     )
+
+
+def flip_a_byte(path: Path) -> None:
+    """The last one; in a shard, of the last sample's last token."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 0x40
+    path.write_bytes(data)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from opmix_dist.data.mds import import_streaming
+from opmix_dist.data.samples import DType, Sample, write_index, write_shard
 from opmix_dist.data.shards import ShardedSplit
 from opmix_dist.errors import UserError
-from tests.data.shard_files import T, sample_tokens, write_split
+from tests.data.shard_files import T, flip_a_byte, sample, sample_tokens, write_split
 
 pytestmark = pytest.mark.usefixtures("streaming")
 
@@ -25,8 +26,12 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(written: Path, tmp_path: Path) -> Path:
-    """A copy to spoil: streaming's writer takes a second to close."""
+    """A copy to spoil."""
     return Path(shutil.copytree(written, tmp_path / "d"))
+
+
+def uint32(values: list[Any]) -> np.ndarray:
+    return np.array(values, dtype=np.uint32)
 
 
 def edit_index(folder: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
@@ -37,17 +42,42 @@ def edit_index(folder: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
     return path
 
 
+def assert_sample(read: Sample, domain: int, number: int) -> None:
+    np.testing.assert_array_equal(read.tokens, sample_tokens(domain, number))
+    assert read.ends.tolist() == [T // 2]
+
+
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
-def test_reads_every_sample_as_written(tmp_path: Path, dtype: str) -> None:
+def test_reads_every_sample_as_written(tmp_path: Path, dtype: DType) -> None:
     write_split(tmp_path, 3, 20, dtype=dtype)
     split = ShardedSplit(tmp_path)
-    assert (len(split), split.sequence_length) == (20, T)
-    assert len(split.shard_sizes) > 1
-    assert split.shard_sizes.sum() == 20
-    for sample in range(20):
-        read = split.read(sample)
-        assert read.dtype == dtype
-        np.testing.assert_array_equal(read, sample_tokens(3, sample))
+    assert len(split) == 20
+    assert split.shard_sizes.tolist() == [7, 7, 6]
+    for number in range(20):
+        read = split.read(number)
+        assert read.tokens.dtype == dtype
+        assert_sample(read, 3, number)
+
+
+def test_samples_of_any_length_without_ends_and_with_spans(tmp_path: Path) -> None:
+    short = Sample(np.array([7], dtype=np.uint16), ends=uint32([]), spans=uint32([]).reshape(0, 2))
+    chat = Sample(np.arange(6, dtype=np.uint16), ends=uint32([3, 6]), spans=uint32([[1, 3], [4, 6]]))
+    write_index(
+        tmp_path, [write_shard(tmp_path, 0, [short, chat], dtype="uint16", spans=True, compression="none")]
+    )
+    read = [ShardedSplit(tmp_path).read(number) for number in range(2)]
+    for found, written in zip(read, (short, chat), strict=True):
+        for field in ("tokens", "ends", "spans"):
+            np.testing.assert_array_equal(getattr(found, field), getattr(written, field))
+
+
+def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
+    rows = [sample(1, number) for number in range(5)]
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_shard(tmp_path / name, 3, rows, dtype="uint16", spans=False, compression="zstd")
+    a, b = (tmp_path / name / "shard.00003.mds.zstd" for name in ("a", "b"))
+    assert a.read_bytes() == b.read_bytes()
 
 
 @pytest.mark.parametrize("outside", [-1, 20])
@@ -61,42 +91,38 @@ def test_pickles_as_its_paths(folder: Path) -> None:
     split.read(0)
     data = pickle.dumps(split)
     assert len(data) < 400
-    np.testing.assert_array_equal(pickle.loads(data).read(19), sample_tokens(3, 19))
+    assert_sample(pickle.loads(data).read(19), 3, 19)
 
 
 def test_two_readers_of_one_folder(folder: Path) -> None:
     first, second = ShardedSplit(folder), ShardedSplit(folder)
-    np.testing.assert_array_equal(first.read(7), second.read(7))
-
-
-@pytest.mark.parametrize("options", [{}, {"compression": "zstd"}])
-def test_remote_shards_come_when_read(tmp_path: Path, options: dict[str, str]) -> None:
-    write_split(tmp_path / "remote", 1, 20, **options)
-    split = ShardedSplit(tmp_path / "cache", str(tmp_path / "remote"))
-    assert list((tmp_path / "cache").glob("*.mds")) == []
-    np.testing.assert_array_equal(split.read(19), sample_tokens(1, 19))
-    assert len(list((tmp_path / "cache").glob("*.mds"))) == 1
-
-
-def test_killed_download_is_fetched_again(folder: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    split = ShardedSplit(cache, str(folder))
-    (cache / "shard.00000.mds").write_bytes(b"half")
-    np.testing.assert_array_equal(split.read(0), sample_tokens(3, 0))
-
-
-def test_remote_that_is_gone_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opmix_dist.data.shards.DOWNLOAD_ATTEMPTS", 1)
-    split = ShardedSplit(tmp_path / "cache", str(folder))
-    shutil.rmtree(folder)
-    with pytest.raises(UserError, match=r"shard \S*shard.00000.mds: it cannot be fetched"):
-        split.read(0)
+    np.testing.assert_array_equal(first.read(7).tokens, second.read(7).tokens)
 
 
 def test_local_compressed_shards_are_kept(tmp_path: Path) -> None:
     write_split(tmp_path, 1, 20, compression="zstd")
-    np.testing.assert_array_equal(ShardedSplit(tmp_path).read(0), sample_tokens(1, 0))
+    assert_sample(ShardedSplit(tmp_path).read(0), 1, 0)
     assert (tmp_path / "shard.00000.mds.zstd").exists()
+
+
+def test_a_damaged_compressed_shard_is_named(tmp_path: Path) -> None:
+    write_split(tmp_path, 1, 20, compression="zstd")
+    flip_a_byte(tmp_path / "shard.00001.mds.zstd")
+    split = ShardedSplit(tmp_path)
+    split.read(0)
+    with pytest.raises(UserError, match=r"shard \S*shard.00001.mds: \S*.zstd cannot be fetched"):
+        split.read(7)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_flipped_bytes_are_found_when_asked_for(folder: Path) -> None:
+    flip_a_byte(folder / "shard.00001.mds")
+    unchecked = ShardedSplit(folder)
+    assert sum(sum(unchecked.read(n).tokens != sample_tokens(3, n)) for n in range(7, 14)) == 1
+    checked = ShardedSplit(folder, verify=True)
+    checked.read(0)
+    with pytest.raises(UserError, match=r"shard \S*shard.00001.mds: its hash is not the one of its index"):
+        checked.read(7)
 
 
 def test_truncated_shard_is_named(folder: Path) -> None:
@@ -110,7 +136,7 @@ def test_truncated_shard_is_named(folder: Path) -> None:
 
 def test_missing_shard_is_named(folder: Path) -> None:
     (folder / "shard.00000.mds").unlink()
-    with pytest.raises(UserError, match=r"shard.00000.mds: 0 of \d+ bytes"):
+    with pytest.raises(UserError, match=r"shard.00000.mds: is missing"):
         ShardedSplit(folder).read(0)
 
 
@@ -121,23 +147,26 @@ def test_shard_of_zeros_is_named(folder: Path) -> None:
         ShardedSplit(folder).read(0)
 
 
-def test_pkl_column_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("columns", "row"),
+    [
+        ({"tokens": "pkl"}, {"tokens": [1, 2, 3]}),
+        ({"tokens": "ndarray:uint16", "ends": "bytes", "extra": "pkl"}, None),
+        (
+            {"tokens": "ndarray:float32", "ends": "bytes"},
+            {"tokens": np.zeros(4, dtype=np.float32), "ends": b""},
+        ),
+    ],
+)
+def test_other_columns_are_refused(
+    tmp_path: Path, columns: dict[str, str], row: dict[str, Any] | None
+) -> None:
     import_streaming()
     from streaming import MDSWriter
 
-    with MDSWriter(out=str(tmp_path), columns={"tokens": "pkl"}) as writer:
-        writer.write({"tokens": [1, 2, 3]})
-    with pytest.raises(UserError, match=r"column `tokens` is pkl"):
-        ShardedSplit(tmp_path)
-
-
-def test_float_tokens_are_refused(tmp_path: Path) -> None:
-    import_streaming()
-    from streaming import MDSWriter
-
-    with MDSWriter(out=str(tmp_path), columns={"tokens": "ndarray:float32:4"}) as writer:
-        writer.write({"tokens": np.zeros(4, dtype=np.float32)})
-    with pytest.raises(UserError, match=r"column `tokens` is ndarray:float32:4"):
+    with MDSWriter(out=str(tmp_path), columns=columns) as writer:
+        writer.write(row or {**sample(1, 1).to_row(), "extra": {"any": "thing"}})
+    with pytest.raises(UserError, match=r"column `\w+` of type (pkl|ndarray:float32) is none of a sample's"):
         ShardedSplit(tmp_path)
 
 
@@ -154,8 +183,10 @@ def test_file_name_that_leaves_the_folder(folder: Path, basename: str) -> None:
         (lambda index: index["shards"].clear(), "`shards`"),
         (lambda index: index["shards"][0].update(samples=-1), "`shards.0.samples`"),
         (lambda index: index["shards"][0].update(format="json"), "`shards.0.format`"),
-        (lambda index: index["shards"][0].update(column_names=["text"]), "`shards.0.column_names.0`"),
-        (lambda index: index["shards"][0].update(column_encodings=["ndarray:uint16:9"]), "one length T"),
+        (lambda index: index["shards"][0].update(column_names=["text", "ends"]), "different columns"),
+        (lambda index: [s.update(column_names=["ends", "text"]) for s in index["shards"]], "column `text`"),
+        (lambda index: [s.update(column_names=["ends"]) for s in index["shards"]], "of different number"),
+        (lambda index: index["shards"][0].update(compression="gz"), "neither none nor zstd"),
         (lambda index: index.update(version=1), "`version`"),
     ],
 )
