@@ -1,0 +1,125 @@
+"""The processes that parse and tokenise: one pool for all stages and all domains of an ingest.
+
+Workers are spawned, as a fork of a process that has run threads may hang.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
+from typing import Any, TypeVar
+
+from opmix_dist.errors import UserError
+
+TASKS_PER_WORKER = 3  # chunks in flight: keeps workers busy and bounds memory
+
+R = TypeVar("R")
+
+
+class FileFault(Exception):
+    """What is wrong with a document, raised in a worker that knows its file by number only."""
+
+    def __init__(self, file: int, reason: str) -> None:
+        super().__init__(file, reason)
+        self.file = file
+        self.reason = reason
+
+
+class Pool:
+    """``workers`` processes; use it as a context manager, which stops them at the end.
+
+    Args:
+        workers: number of processes; the results do not depend on it.
+        setup: called in each process before all else, with ``arguments``; picklable.
+    """
+
+    def __init__(self, workers: int, setup: Callable[..., None] | None = None, *arguments: Any) -> None:
+        self.workers = workers
+        self._executor = ProcessPoolExecutor(
+            workers,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start,
+            initargs=(setup, arguments),
+        )
+
+    def submit(self, function: Callable[..., R], *arguments: Any) -> Future[R]:
+        """Start one task; :meth:`result` waits for it."""
+        try:
+            return self._executor.submit(function, *arguments)
+        except BrokenProcessPool:
+            raise _killed() from None
+
+    def result(self, future: Future[R]) -> R:
+        """What the task returns or raises; UserError when its process died, most often for want of memory."""
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            raise _killed() from None
+
+    def stream(
+        self, function: Callable[..., R], groups: Sequence[Iterable[tuple[Any, ...]]]
+    ) -> Iterator[Iterator[R]]:
+        """For each group in order, the results for its arguments in order.
+
+        At most ``TASKS_PER_WORKER`` tasks per worker are read ahead, across the groups' borders, so that
+        many small groups keep all workers busy. Each group is to be used up before the next is taken.
+        """
+        pending: deque[Future[R] | None] = deque()  # None: a group ends here
+        feed = self._feed(function, groups)
+
+        def results() -> Iterator[R]:
+            while True:
+                while (
+                    len(pending) < TASKS_PER_WORKER * self.workers and (more := next(feed, _END)) is not _END
+                ):
+                    pending.append(more)
+                future = pending.popleft()
+                if future is None:
+                    return
+                yield self.result(future)
+
+        return (results() for _ in groups)
+
+    def _feed(
+        self, function: Callable[..., R], groups: Sequence[Iterable[tuple[Any, ...]]]
+    ) -> Iterator[Future[R] | None]:
+        for group in groups:
+            for arguments in group:
+                yield self.submit(function, *arguments)
+            yield None
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._executor.shutdown(cancel_futures=True)
+
+
+_END: Any = object()
+
+
+def _killed() -> UserError:
+    return UserError("a worker process was killed: give it more memory or fewer --workers, and run again")
+
+
+def _start(setup: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread each: the processes are the parallelism
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    if setup is not None:
+        setup(*arguments)
+
+
+def _exit_with_parent() -> None:
+    """A pool's idle worker never learns that its parent was killed, so it would stay for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
