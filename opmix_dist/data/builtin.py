@@ -24,14 +24,17 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
-from opmix_dist.data.sources import files_fingerprint
+from opmix_dist.data.source import Chunk, Document, Place, SourceFile
 from opmix_dist.errors import UserError
 
 DEFAULT_MAX_BYTES = 3_000_000
 MIN_BYTES = 200_000
 MAX_DOCUMENT_CHARS = 4_000
+CHUNK_CHARS = 500_000  # small: a domain has few megabytes, and every process should get some
 MIN_STRING_CHARS = 400  # shorter docstrings are mostly one line that repeats the function's name
 
 # Tests, and generated tables that say the same thing thousands of times
@@ -61,11 +64,22 @@ class BuiltinSource:
     def names(self) -> Sequence[str]:
         return [f"builtin:{self.domain}"]
 
-    def fingerprint(self) -> str:
-        return files_fingerprint(self._files)
+    def files(self) -> Sequence[SourceFile]:
+        """All files that the domain may take; how many are read, ``max_bytes`` decides."""
+        return [SourceFile(str(file), file.stat().st_size) for file in self._files]
 
-    def documents(self) -> Iterator[str]:
-        return iter(self._texts)
+    def chunks(self, start: Place = Place(0, 0)) -> Iterator[tuple[Place, Chunk]]:  # noqa: B008  (immutable)
+        """Whole files, about ``CHUNK_CHARS`` characters in each chunk, which is the first of its file."""
+        texts: list[tuple[int, str]] = []
+        size = 0
+        for _, of_file in groupby(self._texts, key=itemgetter(0)):
+            if size >= CHUNK_CHARS:
+                yield from _chunk(texts, start)
+                texts, size = [], 0
+            whole = list(of_file)
+            texts += whole
+            size += sum(len(text) for _, text in whole)
+        yield from _chunk(texts, start)
 
     @cached_property
     def _files(self) -> list[Path]:
@@ -75,11 +89,11 @@ class BuiltinSource:
         return sorted(sorted(set(_RECIPES[self.domain].find())), key=order)
 
     @cached_property
-    def _texts(self) -> list[str]:
-        read = _RECIPES[self.domain].read
+    def _texts(self) -> list[tuple[int, str]]:
+        """Each document with the number of its file."""
         texts, size = [], 0
-        for text in (piece for file in self._files for whole in read(file) for piece in split_lines(whole)):
-            texts.append(text)
+        for number, text in self._pieces():
+            texts.append((number, text))
             size += len(text.encode())
             if size >= self.max_bytes:
                 return texts
@@ -89,6 +103,29 @@ class BuiltinSource:
                 f"{MIN_BYTES}: reinstall the project's requirements, or prepare your own text with --domain"
             )
         return texts
+
+    def _pieces(self) -> Iterator[tuple[int, str]]:
+        read = _RECIPES[self.domain].read
+        for number, file in enumerate(self._files):
+            for whole in read(file):
+                for piece in split_lines(whole):
+                    yield number, piece
+
+
+@dataclass(frozen=True)
+class BuiltinChunk:
+    """Documents, each with the number of its file."""
+
+    texts: Sequence[tuple[int, str]]
+
+    def documents(self) -> Iterator[tuple[int, Document]]:
+        return iter(self.texts)
+
+
+def _chunk(texts: Sequence[tuple[int, str]], start: Place) -> Iterator[tuple[Place, Chunk]]:
+    """The chunk of ``texts``, unless there are none or it lies before ``start``."""
+    if texts and Place(texts[0][0], 0) >= start:
+        yield Place(texts[0][0], 0), BuiltinChunk(texts)
 
 
 def builtin_domains(max_bytes: int = DEFAULT_MAX_BYTES, seed: int = 0) -> dict[str, BuiltinSource]:

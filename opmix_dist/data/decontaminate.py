@@ -1,8 +1,8 @@
 """Which documents share a run of words with texts that a model will be evaluated on.
 
-Texts become lower-cased words (``\\w+``), and each run of n words, a gram, becomes one 64-bit hash. A word that
-no evaluation text has cannot be part of a shared gram, so most documents end after a dictionary look-up per
-word; what is left is hashed in one go, and a hash that is met is compared word by word.
+Texts become lower-cased words (``\\w+``), and each run of n words, a gram, becomes one 64-bit hash. A word
+that no evaluation text has cannot be part of a shared gram, so most documents end after a dictionary look-up
+per word; what is left is hashed in one go, and a hash that is met is compared word by word.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Fetching shards ahead of their use, in a process of its own, so that training's interpreter has no part in it.
+"""Fetching shards ahead of their use, in a process of its own that takes nothing from training's interpreter.
 
-The loader writes what it will need as JSON lines to the process's standard input: first a store and the splits'
-folders, then, each time it changes, the list of (split, shard) in the order of need. The result is the files in
-the cache. The process ends with its input, or with its parent.
+The loader writes what it will need as JSON lines to the process's standard input: first a store and the
+splits' folders, then, each time it changes, the list of (split, shard) in the order of need. The result is the
+files in the cache. The process ends with its input, or with its parent.
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ class Fetcher:
             if self._starts < MAX_STARTS:
                 log.warning("the process that fetches shards ahead has died: starting another")
             else:
-                log.warning(
-                    "the process that fetches shards ahead died %d times: going on without", MAX_STARTS
-                )
+                log.warning("the process that fetches shards ahead died again: going on without it")
 
     def close(self) -> None:
         if self._process is not None:
@@ -76,7 +74,8 @@ class Fetcher:
         return True
 
     def _send(self, message: Any) -> None:
-        assert self._process is not None and self._process.stdin is not None
+        assert self._process is not None
+        assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(message) + "\n")
         self._process.stdin.flush()
 

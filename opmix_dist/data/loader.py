@@ -195,10 +195,10 @@ class MixtureLoader:
         catalogue = open_catalogue(root, [*self.names, *joining], store)
         reader = _SampleReader(catalogue, self._split, self._options)
         trial = self._sampler.copy()
-        for sampler in (trial, self._sampler):  # what the trial refuses changes nothing
-            sampler.add_domains(reader.shard_sizes(joining))
-            sampler.set_weights(weights)
+        trial.add_domains(reader.shard_sizes(joining))
+        trial.set_weights(weights)  # what it refuses changes nothing
         self.close()
+        self._sampler.add_domains(reader.shard_sizes(joining))
         self.catalogue, self._reader = catalogue, reader
         self._fetcher = self._start_fetcher()
 
@@ -219,7 +219,7 @@ class MixtureLoader:
         )
 
     def _warn_of_a_small_cache(self, shuffle_block: int) -> None:
-        """Each domain is read in blocks of shards; a cache that does not hold them fetches shards repeatedly."""
+        """Domains are read in blocks of shards; a cache that does not hold them fetches shards repeatedly."""
         store = self.catalogue.store
         if store is None or store.limit_bytes is None:
             return
@@ -229,8 +229,8 @@ class MixtureLoader:
         blocks = sum(split.bytes_of_block(shuffle_block) for split in used)
         if blocks > store.limit_bytes:
             log.warning(
-                "data.cache_limit of %d bytes holds less than the %d that are shuffled together: shards will be "
-                "fetched several times; raise it or lower data.shuffle_block",
+                "data.cache_limit of %d bytes holds less than the %d that are shuffled together: shards "
+                "will be fetched several times; raise it or lower data.shuffle_block",
                 store.limit_bytes,
                 blocks,
             )
@@ -342,8 +342,8 @@ class _SampleReader(Dataset[Sample]):
         for name, shards, samples in zip(self.names, self.splits, catalogue.samples(split), strict=True):
             if len(shards) != samples:
                 raise UserError(
-                    f"domain {name}: {shards.local} has {len(shards)} samples, its domain.json says {samples}; "
-                    f"prepare it again"
+                    f"domain {name}: {shards.local} has {len(shards)} samples, its domain.json says "
+                    f"{samples}; prepare it again"
                 )
 
     def shard_sizes(self, names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -43,8 +43,8 @@ def open_catalogue(
 def mirror(store: ShardStore, domains: Sequence[str] | None) -> list[str]:
     """Have the domains' descriptions and indexes, and the tokenizer, in the cache; names of the domains.
 
-    Every process does this for itself, under a lock. ``domain.json`` is read anew each time, so that a cache of
-    data that was prepared again since is noticed; it is written last.
+    Every process does this for itself, under a lock. ``domain.json`` is read anew each time, so that a cache
+    of data that was prepared again since is noticed; it is written last.
     """
     with _reading(store.remote) as remote:
         names = sorted(remote.domains()) if domains is None else list(domains)

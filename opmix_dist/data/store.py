@@ -136,7 +136,7 @@ class ShardStore:
         """One try; the file is on the disk and checked afterwards."""
         import fsspec
 
-        with fsspec.open(url, "rb") as source, _local_errors(), open(temporary, "r+b", buffering=0) as out:
+        with fsspec.open(url, "rb") as source, _local_errors(), open(temporary, "r+b") as out:
             stored = _Checked(source, file.zip_bytes if file.zip_name else file.raw_bytes)
             raw = _unzipped(stored) if file.zip_name else stored.blocks()
             digest, written = xxhash.xxh3_128(), 0
@@ -151,6 +151,7 @@ class ShardStore:
                 raise DamagedError(f"{written} of {file.raw_bytes} bytes")
             if self.check and file.raw_hash and digest.hexdigest() != file.raw_hash:
                 raise DamagedError("its hash is not the one of its index: flipped bytes")
+            out.flush()
             os.fsync(out.fileno())
 
     @contextmanager

@@ -1,102 +1,289 @@
-"""A first pass over a domain's documents: which are dropped, and which are held out."""
+"""The first pass over a domain: a digest of each document, and with it whether it is kept and held out.
+
+Workers digest chunks, and one process appends what they find to files with one row for each document. These
+files are all that later stages need, and whatever their length, only blocks of them are in memory.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from array import array
-from collections.abc import Iterable, Iterator
+import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from opmix_dist.data.catalogue import Split
+from opmix_dist.data.decontaminate import Grams
+from opmix_dist.data.source import Chunk, Conversation, Document, Place
+from opmix_dist.data.staging import write_json
+from opmix_dist.data.tokenizer import TokenizerFiles, check_ids
 from opmix_dist.errors import UserError
 
-# In place of a rank, which is below 1
-_DUPLICATE, _EMPTY = 2.0, 3.0
+DIGEST_BYTES = 16
+BLOCK_DOCUMENTS = 1 << 20
+"""Rows of a survey's files that are read at a time."""
+
+
+class Mark(IntEnum):
+    """What becomes of a document."""
+
+    TRAIN = 0
+    EVAL = 1
+    DUPLICATE = 2
+    EMPTY = 3
+    CONTAMINATED = 4
+
+
+# --- in the workers ----------------------------------------------------------------------------------------
+
+
+class Surveyed(NamedTuple):
+    """What a worker found in one chunk of n documents."""
+
+    digests: np.ndarray  # uint8 [n, 16]
+    ranks: np.ndarray  # float64 [n], in [0, 1)
+    marks: np.ndarray  # uint8 [n]; TRAIN stands for all that is not dropped yet
+    files: np.ndarray  # uint32 [n]
 
 
 @dataclass(frozen=True)
-class Survey:
-    """One domain's documents, seen once.
+class Surveyor:
+    """What a worker is told of a domain; picklable.
 
     A document's rank is a number in [0, 1) that its content and the seed decide, so that the split depends
-    neither on the order nor on the files. Ranks below ``eval_below`` are held out.
+    neither on the order nor on the files.
     """
 
-    ranks: np.ndarray
-    """float64 [documents]; what is dropped has a mark of 1 or more."""
-    eval_below: float
-    content_sha256: str
+    seed: int
+    tokenizer: TokenizerFiles | None
+    """For documents of token ids; None before a tokenizer is trained."""
 
-    @property
-    def documents(self) -> int:
-        """Number of documents that are kept."""
-        return int((self.ranks < 1).sum())
+    def __call__(self, chunk: Chunk) -> Surveyed:
+        """Raises UserError or FileFault for a document that cannot be used."""
+        digests, ranks, marks, files = bytearray(), [], bytearray(), []
+        for file, document in chunk.documents():
+            digest = document_digest(document)
+            digests += digest
+            ranks.append(_rank(digest, self.seed))
+            marks.append(self._mark(file, document, digest))
+            files.append(file)
+        return Surveyed(
+            np.frombuffer(bytes(digests), np.uint8).reshape(-1, DIGEST_BYTES),
+            np.array(ranks, np.float64),
+            np.frombuffer(bytes(marks), np.uint8),
+            np.array(files, np.uint32),
+        )
 
-    @property
-    def duplicates(self) -> int:
-        return int((self.ranks == _DUPLICATE).sum())
+    def _mark(self, file: int, document: Document, digest: bytes) -> Mark:
+        if isinstance(document, np.ndarray) and self.tokenizer is not None:
+            check_ids(document, file, self.tokenizer.vocab_size)
+        if digest in _EMPTY_DIGESTS:
+            return Mark.EMPTY
+        if _worker_grams is not None and _worker_grams.met_in(self._text(document)):
+            return Mark.CONTAMINATED
+        return Mark.TRAIN
 
-    @property
-    def empty(self) -> int:
-        return int((self.ranks == _EMPTY).sum())
-
-    def splits(self) -> Iterator[Split]:
-        """The split of each document that is kept, in order."""
-        return ("eval" if rank < self.eval_below else "train" for rank in self.ranks[self.ranks < 1])
-
-    def kept(self, documents: Iterable[str]) -> Iterator[str]:
-        """Those of the source's ``documents`` that are kept; UserError when their number has changed."""
-        try:
-            for text, rank in zip(documents, self.ranks, strict=True):
-                if rank < 1:
-                    yield text
-        except ValueError:
-            raise UserError("a source changed while it was read: run again once its files rest") from None
-
-    def train(self, documents: Iterable[str]) -> Iterator[str]:
-        """Those of the source's ``documents`` that are kept and not held out."""
-        pairs = zip(self.kept(documents), self.splits(), strict=True)
-        return (text for text, split in pairs if split == "train")
-
-
-def survey(
-    documents: Iterable[str], seen: set[bytes], *, seed: int, eval_fraction: float, max_eval: int | None
-) -> Survey:
-    """Rank the documents of one domain.
-
-    Args:
-        documents: all of the domain.
-        seen: digests of the documents kept so far, over all domains; those kept here are added.
-        seed: of the split.
-        eval_fraction: expected share of held-out documents.
-        max_eval: bound on their number; those of the lowest ranks are taken.
-    """
-    ranks, content = array("d"), hashlib.sha256()
-    for text in documents:
-        digest = document_digest(text)
-        if digest == _EMPTY_DIGEST or digest in seen:
-            ranks.append(_EMPTY if digest == _EMPTY_DIGEST else _DUPLICATE)
-            continue
-        seen.add(digest)
-        content.update(text.encode() + b"\0")
-        ranks.append(_rank(digest, seed))
-    found = np.array(ranks, dtype=np.float64)
-    kept = found[found < 1]
-    if max_eval is not None and kept.size > max_eval:
-        eval_fraction = min(eval_fraction, float(np.partition(kept, max_eval)[max_eval]))
-    return Survey(found, eval_fraction, content.hexdigest())
+    def _text(self, document: Document) -> str:
+        if isinstance(document, np.ndarray):
+            assert self.tokenizer is not None  # a source of token ids needs its EOS
+            return self.tokenizer.decode(document)
+        if isinstance(document, Conversation):
+            return "\n".join(str(message.get("content") or "") for message in document.messages)
+        return document
 
 
-def document_digest(text: str) -> bytes:
-    """16 bytes; equal for documents that differ in white space only."""
-    return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
+_worker_grams: Grams | None = None
 
 
-_EMPTY_DIGEST = document_digest("")
+def set_up_worker(grams: Grams | None) -> None:
+    """Give this process the grams whose documents are dropped."""
+    global _worker_grams
+    _worker_grams = grams
+
+
+def document_digest(document: Document) -> bytes:
+    """16 bytes; equal for texts that differ in white space only, for equal token ids, and for equal chats."""
+    if isinstance(document, str):
+        content, kind = " ".join(document.split()).encode(), b""
+    elif isinstance(document, np.ndarray):
+        content, kind = document.astype("<u4").tobytes(), b"tokens"
+    else:
+        chat: dict[str, Any] = {"messages": list(document.messages), "tools": document.tools}
+        content, kind = json.dumps(chat, sort_keys=True).encode(), b"chat"
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES, person=kind).digest()
+
+
+_EMPTY_DIGESTS = {document_digest(empty) for empty in ("", np.empty(0, np.uint32), Conversation([]))}
 
 
 def _rank(digest: bytes, seed: int) -> float:
     keyed = hashlib.blake2b(digest, digest_size=8, key=seed.to_bytes(8, "little")).digest()
     return (int.from_bytes(keyed, "little") >> 11) / (1 << 53)  # 53 bits: exact, and never 1
+
+
+# --- on the disk -------------------------------------------------------------------------------------------
+
+_COLUMNS = {"digests": (np.uint8, DIGEST_BYTES), "ranks": (np.float64, 1), "marks": (np.uint8, 1),
+            "files": (np.uint32, 1), "chunks": (np.int64, 3)}  # fmt: skip
+_PER_CHUNK = {"chunks"}
+
+
+class Survey:
+    """The files of one domain's survey, in a folder; an earlier run's are gone on with.
+
+    ``digests``, ``ranks``, ``marks`` and ``files`` have a row for each document, and ``chunks`` one for each
+    chunk: its place and its number of documents.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self._read_state()
+        self.documents: int = state["documents"]
+        self.complete: bool = state["complete"]
+        self.settled: bool = state["settled"]
+        """Marks are final."""
+        self._chunks: int = state["chunks"]
+        self._open: dict[str, IO[bytes]] = {}
+
+    @property
+    def next_place(self) -> tuple[Place, int]:
+        """Where to go on: a place, and how many of its first chunks are known already, one at most."""
+        if not self._chunks:
+            return Place(0, 0), 0
+        file, chunk, _ = self.column("chunks")[-1].tolist()
+        return Place(file, chunk), 1
+
+    def append(self, place: Place, found: Surveyed) -> None:
+        """Add the next chunk's documents; :meth:`save` makes it last."""
+        chunk = np.array([*place, len(found.ranks)], np.int64)
+        for name, rows in (*found._asdict().items(), ("chunks", chunk)):
+            self._file(name).write(np.ascontiguousarray(rows).tobytes())
+        self.documents += len(found.ranks)
+        self._chunks += 1
+
+    def save(self, *, complete: bool = False, settled: bool = False) -> None:
+        """Bring what was appended to the disk and note that it is there."""
+        for file in self._open.values():
+            file.flush()
+            os.fsync(file.fileno())
+        self.complete, self.settled = complete or settled, settled
+        if complete:
+            self.close()
+        write_json(self._state_file, {"documents": self.documents, "chunks": self._chunks,
+                                      "complete": self.complete, "settled": settled})  # fmt: skip
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open = {}
+
+    def column(self, name: str, *, write: bool = False) -> np.ndarray:
+        """A whole column, mapped and not read; [n] or [n, width]."""
+        dtype, width = _COLUMNS[name]
+        rows = self._chunks if name in _PER_CHUNK else self.documents
+        if not rows:
+            return np.empty((0, width) if width > 1 else 0, dtype)
+        shape = (rows, width) if width > 1 else (rows,)
+        return np.memmap(self.path(name), dtype, "r+" if write else "r", shape=shape)
+
+    def blocks(self, *names: str, write: bool = False) -> Iterator[tuple[np.ndarray, ...]]:
+        """The same ``BLOCK_DOCUMENTS`` rows of several columns, block after block."""
+        for begin in range(0, self.documents, BLOCK_DOCUMENTS):
+            # Mapped anew for each block: pages of earlier ones are let go
+            yield tuple(self.column(name, write=write)[begin : begin + BLOCK_DOCUMENTS] for name in names)
+
+    def count(self, mark: Mark) -> int:
+        return sum(int((marks == mark).sum()) for (marks,) in self.blocks("marks"))
+
+    def kept_digests(self) -> Iterator[np.ndarray]:
+        """uint8 [n, 16] of the documents that are kept, block after block."""
+        return (digests[marks <= Mark.EVAL] for digests, marks in self.blocks("digests", "marks"))
+
+    def path(self, name: str) -> Path:
+        return self.folder / f"{name}.bin"
+
+    @property
+    def _state_file(self) -> Path:
+        return self.folder / "survey.json"
+
+    def _read_state(self) -> dict[str, Any]:
+        """The last saved state; raises UserError when it cannot be what :meth:`save` wrote."""
+        if not self._state_file.exists():
+            return {"documents": 0, "chunks": 0, "complete": False, "settled": False}
+        try:
+            state = json.loads(self._state_file.read_bytes())
+            sizes = {name: state["chunks" if name in _PER_CHUNK else "documents"] for name in _COLUMNS}
+            for name, rows in sizes.items():
+                dtype, width = _COLUMNS[name]
+                if rows and self.path(name).stat().st_size < rows * width * np.dtype(dtype).itemsize:
+                    raise ValueError(f"{self.path(name)} is too short")
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise UserError(
+                f"cannot go on with {self._state_file} ({error}): delete {self.folder.parent.parent}"
+            ) from None
+        return dict(state)
+
+    def _file(self, name: str) -> IO[bytes]:
+        """Open for appending, cut to the rows that were noted: a killed run may have written more."""
+        if name not in self._open:
+            dtype, width = _COLUMNS[name]
+            rows = self._chunks if name in _PER_CHUNK else self.documents
+            self._open[name] = open(self.path(name), "ab")  # noqa: SIM115  (closed by `close`)
+            self._open[name].truncate(rows * width * np.dtype(dtype).itemsize)
+        return self._open[name]
+
+
+# --- which documents are held out --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Holdout:
+    """Which of a domain's documents are held out: those of the lowest ranks."""
+
+    fraction: float
+    """Expected share."""
+    most: int | None = None
+    """Bound on their number."""
+    exactly: int | None = None
+    """Their number, in place of the two."""
+
+    def rank_below(self, survey: Survey, domain: str) -> float:
+        """Documents that are kept and whose rank is below it are held out.
+
+        Raises:
+            UserError: the domain has not more documents than are to be held out.
+        """
+        count = self.exactly if self.exactly is not None else self.most
+        if count is None:
+            return self.fraction
+        lowest = _lowest_ranks(survey, count + 1)
+        if self.exactly is None:
+            return min(self.fraction, float(lowest[-1])) if len(lowest) > count else self.fraction
+        if len(lowest) <= count:
+            raise UserError(
+                f"domain {domain} has {len(lowest):,} documents, not more than the {count:,} to hold out: "
+                f"lower --eval-documents or add documents"
+            )
+        return float(lowest[-1])
+
+
+def _lowest_ranks(survey: Survey, count: int) -> np.ndarray:
+    """The ``count`` lowest ranks of documents that are kept, or all if fewer; the last is the highest."""
+    lowest = np.empty(0, np.float64)
+    for ranks, marks in survey.blocks("ranks", "marks"):
+        lowest = np.concatenate([lowest, ranks[marks <= Mark.EVAL]])
+        if len(lowest) > count:
+            lowest = np.partition(lowest, count - 1)[:count]
+    return np.append(np.sort(lowest)[:-1], lowest.max()) if len(lowest) else lowest
+
+
+def hold_out(survey: Survey, below: float) -> None:
+    """Mark the kept documents with ranks under ``below`` as EVAL, the others as TRAIN."""
+    for ranks, marks in survey.blocks("ranks", "marks", write=True):
+        kept = marks <= Mark.EVAL
+        marks[kept] = np.where(ranks[kept] < below, Mark.EVAL, Mark.TRAIN)
