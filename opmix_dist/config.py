@@ -11,11 +11,12 @@ import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
+from opmix_dist.data.remote import is_url
 from opmix_dist.errors import UserError
 
 DTypeName = Literal["float32", "bfloat16"]
@@ -45,11 +46,54 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    root: str = Field(description="folder that `opmix prepare --out` made: one sub-folder per domain")
+    root: str = Field(
+        description="folder or fsspec URL of what `opmix prepare --out` made: a folder per domain"
+    )
     domains: list[str] | None = Field(None, description="domains to use, in this order; null takes all")
     num_workers: int = Field(0, ge=0, description="loader processes per trainer rank; 0 reads in-process")
     prefetch_batches: int = Field(2, ge=1, description="batches that each loader process keeps ready")
-    max_epochs: float | None = Field(None, gt=0, description="stop when a domain has been read this often")
+    shuffle_block: int = Field(
+        65_536, ge=1, description="samples of a domain that are shuffled together, at least"
+    )
+    mask_documents: bool = Field(
+        False, description="confine attention and loss to a sample's single documents"
+    )
+    max_epochs: float | dict[str, float] | None = Field(
+        None, description="how often a domain may be read, for all or by name; null: without end"
+    )
+    on_exhausted: Literal["stop", "renormalize"] = Field(
+        "stop", description="at max_epochs: stop the run, or share the weight out among the other domains"
+    )
+    cache: str | None = Field(
+        None, description="local folder for the shards of a remote root; null: root is local"
+    )
+    cache_limit: Annotated[ByteSize, Field(gt=0)] | None = Field(
+        None, description="most that the cache may hold, such as 200GB; null: all shards"
+    )
+    verify_shards: Literal["never", "fetch", "always"] = Field(
+        "fetch",
+        description="check shards' hashes never, when they are fetched, or always when they are opened",
+    )
+    fetch_threads: int = Field(8, ge=1, description="shards of a remote root that are fetched at once")
+    fetch_ahead: int = Field(16, ge=0, description="shards that are fetched before they are needed")
+    fetch_timeout_s: float = Field(600.0, gt=0, description="seconds after which a shard's fetch is given up")
+
+    @model_validator(mode="after")
+    def _positive_epochs(self) -> DataConfig:
+        limits = self.max_epochs if isinstance(self.max_epochs, dict) else {"": self.max_epochs}
+        for name, limit in limits.items():
+            if limit is not None and not limit > 0:
+                key = f"data.max_epochs.{name}".rstrip(".")
+                raise ValueError(f"{key} is {limit:g}: give more than 0 epochs, or leave it out for no limit")
+        return self
+
+    @model_validator(mode="after")
+    def _remote_needs_cache(self) -> DataConfig:
+        if is_url(self.root) and self.cache is None:
+            raise ValueError(
+                f"data.root {self.root} is remote: set data.cache to a local folder for its shards"
+            )
+        return self
 
 
 class EngineConfig(Section):
@@ -215,8 +259,18 @@ class RunConfig(Section):
         """The step boundary at which the search starts, at least 1 and before the last step."""
         return min(max(1, round(self.search.start_fraction * self.train.steps)), max(1, self.train.steps - 1))
 
+    @model_validator(mode="after")
+    def _flash_attention_dtype(self) -> RunConfig:
+        if "flash" in self.model.attention and self.engine.param_dtype == "float32":
+            raise ValueError(
+                f"model.attention {self.model.attention} computes in 16 bits: set engine.param_dtype to "
+                "bfloat16"
+            )
+        return self
 
-# What a resumed run may change: these settings alter neither the data order nor, beyond rounding, the losses.
+
+# What a resumed run may change: no setting here alters the order of a domain's samples or, beyond rounding,
+# the losses on given samples. How many samples make a step, and when a domain is used up, may change.
 RESUME_MAY_CHANGE = (
     "run_dir",
     "resume",
@@ -232,6 +286,15 @@ RESUME_MAY_CHANGE = (
     "data.num_workers",
     "data.prefetch_batches",
     "data.root",
+    "data.cache",
+    "data.cache_limit",
+    "data.verify_shards",
+    "data.fetch_threads",
+    "data.fetch_ahead",
+    "data.fetch_timeout_s",
+    "data.max_epochs",
+    "data.on_exhausted",
+    "train.global_batch_size",
     "train.micro_batch_size",
     "train.log_interval_steps",
 )
@@ -269,8 +332,10 @@ def check_config(data: Mapping[str, Any]) -> RunConfig:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        key = next((leaf for leaf in leaves if key.startswith(f"{leaf}.")), key)  # not which type of a union
         shown = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"
-        raise UserError(f"setting `{key}`: {first['msg'].removeprefix('Value error, ')}{shown}") from None
+        where = f"setting `{key}`: " if key else ""  # a check of the whole names its settings itself
+        raise UserError(f"{where}{first['msg'].removeprefix('Value error, ')}{shown}") from None
 
 
 def parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:

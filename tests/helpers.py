@@ -7,9 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from opmix_dist.data.batch import TokenBatch, collate
+from opmix_dist.data.samples import Sample
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,6 +36,29 @@ def tiny_llama(seed: int = 0, *, vocab_size: int = 64, tied: bool = False) -> Pr
 
 def random_tokens(seed: int, *shape: int, vocab_size: int = 64) -> Tensor:
     return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_batch(seed: int, *shape: int) -> TokenBatch:
+    """Whole samples [B, T] of random tokens."""
+    return TokenBatch.of_tokens(random_tokens(seed, *shape))
+
+
+def uneven_batch(seed: int, size: int, length: int, *, mask_documents: bool = False) -> TokenBatch:
+    """Chat-like samples: two documents and padding in each, a span of targets in each document; every third
+    sample has none."""
+    rng = np.random.default_rng([seed, size, length])
+    samples = []
+    for row in range(size):
+        first, second = rng.integers(length // 4, length // 2 + 1, size=2)
+        spans = [(rng.integers(first), first), (first + rng.integers(second), first + second)]
+        samples.append(
+            Sample(
+                tokens=rng.integers(64, size=first + second).astype(np.uint16),
+                ends=np.array([first, first + second], dtype=np.uint32),
+                spans=np.array(spans if row % 3 else [], dtype=np.uint32).reshape(-1, 2),
+            )
+        )
+    return collate(samples, length, mask_documents=mask_documents)
 
 
 def torchrun(ranks: int, *arguments: str, timeout_s: float = 300.0, **environment: str) -> str:

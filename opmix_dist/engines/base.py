@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import World
+from opmix_dist.errors import UserError
 from opmix_dist.models.flops import FlopCounts
 
 
@@ -28,11 +30,13 @@ class NonFiniteError(RuntimeError):
 class StepResult:
     """What one optimiser step measured.
 
-    sample_losses: [b] float64 on the CPU, this rank's samples in order, mean nats per predicted token.
+    sample_losses: [b] float64 on the CPU, this rank's samples in order: nats summed over each one's targets.
+    targets: [b] int64 on the CPU, their number; 0 where a sample has none.
     grad_norm: global L2 norm of the gradient before clipping.
     """
 
     sample_losses: Tensor
+    targets: Tensor
     grad_norm: float
 
 
@@ -46,45 +50,57 @@ class Engine(ABC):
     flops: FlopCounts
     num_parameters: int
 
-    def train_step(self, microbatches: Sequence[Tensor], *, lr: float) -> StepResult:
+    def train_step(self, microbatches: Sequence[TokenBatch], *, lr: float) -> StepResult:
         """One optimiser step on the global batch, of which this rank holds ``microbatches``.
 
-        The gradient is that of the mean loss over all predicted tokens of the global batch, however it is
-        divided over ranks and micro-batches.
+        The gradient is that of the mean loss over all targets of the global batch, however it is divided
+        over ranks and micro-batches: samples, micro-batches and ranks may have few of them, or none.
 
         Args:
-            microbatches: tokens [b, T] int64 each; the same number of them on every rank.
+            microbatches: b samples of T tokens each, on the CPU; the same number of them on every rank.
             lr: learning rate of this step.
 
         Raises:
             NonFiniteError: on every rank alike; the parameters are as before the step.
+            UserError: on every rank alike; the global batch has no target, and so no mean loss.
         """
-        result = self._train_step(microbatches, lr)
+        targets = torch.cat([part.targets for part in microbatches])
+        total = int(self.world.sum(targets.sum()))
+        if total == 0:
+            raise UserError(
+                "no sample of the global batch has a token that counts in the loss: raise "
+                "train.global_batch_size, or prepare the data without such samples"
+            )
+        result = self._train_step(microbatches, targets, total, lr)
         if not math.isfinite(result.grad_norm):
             raise NonFiniteError(f"the gradient norm is {result.grad_norm}")
         return result
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor, batch_size: int) -> Tensor:
-        """Mean loss of each held-out sample: [N, T] (the same on all ranks) to [N] float64, on every rank.
+    def evaluate(self, batch: TokenBatch, batch_size: int) -> Tensor:
+        """Loss of each held-out sample, summed over its targets: N samples (the same on all ranks) to [N]
+        float64, on every rank.
 
         Rows are divided over ranks in contiguous, equal parts (short parts repeat rows, because sharded
         engines need the same number of forward passes everywhere); sums over ranks put them together.
         """
-        losses = torch.zeros(len(tokens), dtype=torch.float64)
-        share = math.ceil(len(tokens) / self.world.size)
+        losses = torch.zeros(len(batch), dtype=torch.float64)
+        share = math.ceil(len(batch) / self.world.size)
         start = self.world.rank * share
-        rows = torch.arange(start, start + share).clamp(max=len(tokens) - 1)
-        mine = self._evaluate(tokens[rows], batch_size)
-        valid = slice(start, min(start + share, len(tokens)))
+        rows = torch.arange(start, start + share).clamp(max=len(batch) - 1)
+        mine = self._evaluate(batch[rows], batch_size)
+        valid = slice(start, min(start + share, len(batch)))
         losses[valid] = mine[: max(0, valid.stop - valid.start)]
         return self.world.sum(losses)
 
     @abstractmethod
-    def _train_step(self, microbatches: Sequence[Tensor], lr: float) -> StepResult: ...
+    def _train_step(
+        self, microbatches: Sequence[TokenBatch], targets: Tensor, total: int, lr: float
+    ) -> StepResult:
+        """``targets`` [b] are those of this rank's samples, ``total`` is their sum over the global batch."""
 
     @abstractmethod
-    def _evaluate(self, tokens: Tensor, batch_size: int) -> Tensor: ...
+    def _evaluate(self, batch: TokenBatch, batch_size: int) -> Tensor: ...
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from opmix_dist.engines.base import Engine
 from opmix_dist.engines.fsdp import FSDPEngine
 from opmix_dist.engines.single import SingleEngine
 from opmix_dist.errors import UserError
+from opmix_dist.models.documents import require_documents_apart
 
 ENGINES: dict[str, type[SingleEngine]] = {"single": SingleEngine, "fsdp": FSDPEngine}
 
@@ -18,17 +19,28 @@ def build_engine(config: RunConfig, model: PreTrainedModel, world: World, sequen
     """Collective over the trainer ranks.
 
     Raises:
-        UserError: ``engine.name: single`` with more than one trainer rank.
+        UserError: ``engine.name: single`` with more than one trainer rank, or ``data.mask_documents`` with a
+            model that does not keep documents apart.
     """
     name = config.engine.name
     if name == "auto":
         name = "fsdp" if world.size > 1 else "single"
     if name == "single" and world.size > 1:
         raise UserError(f"engine.name single runs on one trainer rank, not {world.size}: set it to fsdp")
-    return ENGINES[name](
+    architecture = type(model).__name__
+    engine = ENGINES[name](
         model,
         world,
         config=config.engine,
         optimizer=config.optimizer,
         sequence_length=sequence_length,
     )
+    if config.data.mask_documents:
+        require_documents_apart(
+            lambda batch: engine.evaluate(batch, 1),
+            vocab_size=model.config.get_text_config().vocab_size,
+            sequence_length=sequence_length,
+            architecture=architecture,
+            attention=config.model.attention,
+        )
+    return engine

@@ -18,11 +18,12 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import PreTrainedModel
 
 from opmix_dist.config import EngineConfig, OptimizerConfig
+from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import World
 from opmix_dist.engines.base import Engine, NonFiniteError, StepResult
 from opmix_dist.models.build import transformer_blocks
 from opmix_dist.models.flops import count_flops, num_parameters
-from opmix_dist.models.loss import mean_losses_per_sample, num_targets, sample_losses
+from opmix_dist.models.loss import sample_loss_sums, sample_losses
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -75,26 +76,26 @@ class SingleEngine(Engine):
         """Around the backward pass of a micro-batch; ``last`` is where gradients are reduced."""
         yield
 
-    def _train_step(self, microbatches: Sequence[Tensor], lr: float) -> StepResult:
-        targets = num_targets(microbatches[0]) * len(microbatches) * self.world.size
+    def _train_step(
+        self, microbatches: Sequence[TokenBatch], targets: Tensor, total: int, lr: float
+    ) -> StepResult:
         losses = []
-        for i, tokens in enumerate(microbatches):
-            tokens = tokens.to(self.world.device, non_blocking=True)
+        for i, batch in enumerate(microbatches):
             with self._accumulating(i == len(microbatches) - 1):
                 with self._compute_context():
-                    sums = sample_losses(self.model, tokens)
+                    sums = sample_losses(self.model, batch.to(self.world.device))
                 # Gradients are averaged over ranks, hence the factor: the mean over all targets remains.
-                (sums.sum() * (self.world.size / targets)).backward()
+                (sums.sum() * (self.world.size / total)).backward()
             losses.append(sums.detach())
-        sample_means = torch.cat(losses).double().cpu() / (microbatches[0].shape[1] - 1)
-        self._require_finite(sample_means)
+        sample_sums = torch.cat(losses).double().cpu()
+        self._require_finite(sample_sums)
         grad_norm = self._clip()
         if grad_norm.isfinite():
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(sample_means, grad_norm.item())
+        return StepResult(sample_sums, targets, grad_norm.item())
 
     def _require_finite(self, losses: Tensor) -> None:
         """Collective, so that no rank goes on alone."""
@@ -106,11 +107,11 @@ class SingleEngine(Engine):
     def _clip(self) -> Tensor:
         return nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
 
-    def _evaluate(self, tokens: Tensor, batch_size: int) -> Tensor:
+    def _evaluate(self, batch: TokenBatch, batch_size: int) -> Tensor:
         self.model.eval()
         try:
             with self._compute_context():
-                return mean_losses_per_sample(self.model, tokens, batch_size)
+                return sample_loss_sums(self.model, batch, batch_size)
         finally:
             self.model.train()
 

@@ -37,7 +37,10 @@ class Mode(Enum):
 
 
 class JointLoRALinear(nn.Module):
-    """A frozen linear layer with K adapters: A [K, r, d_in], B [K, d_out, r], float32 or the base's dtype."""
+    """A frozen linear layer with K adapters: A [K, r, d_in], B [K, d_out, r], float32 or the base's dtype.
+
+    Rows come as [b, T, d_in], or one behind the other as [1, b * T, d_in] for flash attention's sake.
+    """
 
     def __init__(self, base: nn.Linear, num_adapters: int, rank: int, owner: JointAdapters) -> None:
         super().__init__()
@@ -70,15 +73,15 @@ class JointLoRALinear(nn.Module):
         assert gates is not None
         rank = self.A.shape[1]
         low = F.linear(x.to(self.A.dtype), self.A.flatten(0, 1))  # [M * b, T, K * r]
-        low = low.unflatten(0, (len(gates), -1)) * self._gate_columns(gates, rank, owner.scale)
+        low = low.view(len(gates), -1, low.shape[-1]) * self._gate_columns(gates, rank, owner.scale)
         stacked = self.B.transpose(0, 1).reshape(self.B.shape[1], -1)  # [d_out, K * r]
         flat = y.reshape(-1, y.shape[-1]).to(low.dtype)
         return torch.addmm(flat, low.reshape(len(flat), -1), stacked.T).view(y.shape).to(y.dtype)
 
     @staticmethod
     def _gate_columns(gates: Tensor, rank: int, scale: float) -> Tensor:
-        """[M, K] to s * u_mk in each of adapter k's r columns, [M, 1, 1, K * r]."""
-        return (scale * gates).repeat_interleave(rank, dim=1)[:, None, None, :]
+        """[M, K] to s * u_mk in each of adapter k's r columns, [M, 1, K * r]."""
+        return (scale * gates).repeat_interleave(rank, dim=1)[:, None, :]
 
     def delta(self, u: Tensor) -> Tensor:
         """sum_c u_c B_c A_c (without the scale), u [K] to [d_out, d_in]."""

@@ -1,35 +1,95 @@
-"""Next-token cross-entropy, float32 from the logits on."""
+"""Next-token cross-entropy over the targets of samples, and losses of domains; float32 from the logits on.
+
+A loss is always a ratio: nats summed over targets, over the number of targets. Samples may have different
+numbers of them, down to none, so both parts are kept until all that belongs together is summed.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from opmix_dist.data.batch import TokenBatch
 
-def sample_losses(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Sum of the next-token cross-entropies of each sample, in nats.
+_NO_TARGET = -100
+"""What cross_entropy passes over."""
+
+
+def sample_losses(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """Sum of the cross-entropies of each sample's targets, in nats; 0 for a sample without one.
 
     Args:
-        tokens: [B, T] int64; positions 1..T-1 are predicted from what comes before.
+        batch: B samples of T tokens; position ids, where it has them, confine attention to documents.
 
     Returns:
-        [B] float32 sums over T - 1 targets.
+        [B] float32.
     """
-    logits = model(input_ids=tokens, use_cache=False).logits  # [B, T, V]
-    targets = tokens[:, 1:]
-    losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none")
+    logits = _logits(model, batch)[:, :-1]  # of tokens 1 to T-1
+    targets = torch.where(batch.loss_mask, batch.tokens, _NO_TARGET)[:, 1:]
+    losses = F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=_NO_TARGET, reduction="none"
+    )
     return losses.view(targets.shape).sum(dim=1)
 
 
-def num_targets(tokens: Tensor) -> int:
-    """Predicted positions in [B, T] tokens: B * (T - 1)."""
-    return tokens.shape[0] * (tokens.shape[1] - 1)
+def _logits(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """[B, T, V]."""
+    tokens, positions = batch.tokens, batch.position_ids
+    if positions is None:
+        return model(input_ids=tokens, use_cache=False).logits
+    if uses_flash_attention(model):
+        # its variable-length kernels, which know documents, are called for a single row only
+        tokens, positions = tokens.view(1, -1), positions.view(1, -1)
+    # an attention mask, even of ones, or a cache would keep transformers from looking for documents in them
+    found = model(input_ids=tokens, position_ids=positions, attention_mask=None, use_cache=False).logits
+    return found.view(*batch.tokens.shape, -1)
+
+
+def uses_flash_attention(model: nn.Module) -> bool:
+    """Whether transformers calls a flash-attention package or a kernel of that name from the hub."""
+    return "flash" in str(getattr(model.config, "_attn_implementation", ""))
 
 
 @torch.no_grad()
-def mean_losses_per_sample(model: nn.Module, tokens: Tensor, batch_size: int) -> Tensor:
-    """Mean next-token loss of each held-out sample: [N, T] to [N] float64 on the CPU, nats per token."""
+def sample_loss_sums(model: nn.Module, batch: TokenBatch, batch_size: int) -> Tensor:
+    """:func:`sample_losses` of held-out samples in parts of ``batch_size``: [N] float64 on the CPU."""
     device = next(model.parameters()).device
-    parts = [sample_losses(model, part.to(device)).double().cpu() for part in tokens.split(batch_size)]
-    return torch.cat(parts) / (tokens.shape[1] - 1)
+    parts = [sample_losses(model, part.to(device)).double().cpu() for part in batch.split(batch_size)]
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class DomainLosses:
+    """Per domain: mean loss over targets (nats) and its standard error over samples, both float64
+    [..., D], and the number of targets [D]. Loss and error of a domain without a target are 0."""
+
+    loss: np.ndarray
+    stderr: np.ndarray
+    targets: np.ndarray
+
+
+def losses_by_domain(
+    sums: np.ndarray, targets: np.ndarray, domain_ids: np.ndarray, num_domains: int
+) -> DomainLosses:
+    """Put samples together: a domain's loss L is the sum of its samples' losses over that of their targets.
+
+    The standard error is that of a ratio of sums, sqrt(sum_i (s_i - L n_i)^2 * N / (N - 1)) / sum_i n_i over
+    the N samples that have targets (Cochran, Sampling Techniques, 1977, section 2.11, without the correction
+    for finite populations). For equal n_i it is that of the mean of N sample means. 0 for a single sample.
+
+    Args:
+        sums: of losses, s [..., N] float64.
+        targets: n [N]; samples with 0 change nothing.
+        domain_ids: [N], in 0..D-1.
+    """
+    member = np.eye(num_domains)[domain_ids] * (targets > 0)[:, None]  # [N, D]
+    totals = targets @ member  # [D]
+    loss = sums @ member / np.maximum(totals, 1)
+    residuals = (sums - loss[..., domain_ids] * targets) ** 2 @ member
+    counts = member.sum(axis=0)
+    stderr = np.sqrt(residuals * counts / np.maximum(counts - 1, 1)) / np.maximum(totals, 1)
+    return DomainLosses(loss, stderr, totals.astype(np.int64))

@@ -7,28 +7,18 @@ The contract: a base model, adapters, coefficients U [M, C] and held-out tokens 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from opmix_dist.data.batch import TokenBatch
 from opmix_dist.models.flops import FlopCounts
 from opmix_dist.models.lora import JointAdapters
-from opmix_dist.models.loss import mean_losses_per_sample, sample_losses
+from opmix_dist.models.loss import DomainLosses, losses_by_domain, sample_loss_sums, sample_losses
 
 Method = Literal["lowrank", "merge"]
-
-
-@dataclass(frozen=True)
-class CandidateLosses:
-    """Per candidate and domain [M, D] float64: mean loss (nats per token) and its standard error over the
-    held-out samples; and the predicted tokens per domain [D]."""
-
-    loss: np.ndarray
-    stderr: np.ndarray
-    tokens: np.ndarray
 
 
 def cheaper_method(flops: FlopCounts, num_adapters: int, tokens: int) -> Method:
@@ -45,7 +35,7 @@ def cheaper_method(flops: FlopCounts, num_adapters: int, tokens: int) -> Method:
 def evaluate_candidates(
     adapters: JointAdapters,
     coefficients: np.ndarray,
-    tokens: Tensor,
+    heldout: TokenBatch,
     domain_ids: Tensor,
     num_domains: int,
     *,
@@ -53,12 +43,12 @@ def evaluate_candidates(
     batch_size: int,
     joint: int = 1,
     on_progress: Callable[[], None] = lambda: None,
-) -> CandidateLosses:
-    """Losses of the simulated models W(u_m) for every row u_m of ``coefficients``.
+) -> DomainLosses:
+    """Losses [M, D] of the simulated models W(u_m) for every row u_m of ``coefficients``.
 
     Args:
         coefficients: U [M, C]; a row of zeros is the base itself.
-        tokens, domain_ids: held-out samples [N, T] int64 and the domain of each [N].
+        heldout, domain_ids: N held-out samples and the domain of each [N].
         method: ``lowrank`` adds gated low-rank terms for ``joint`` candidates in one pass; ``merge`` merges
             the full deltas of one candidate after the other, in memory.
         batch_size: samples per forward pass and candidate.
@@ -66,45 +56,46 @@ def evaluate_candidates(
     adapters.model.eval()
     U = torch.as_tensor(coefficients, dtype=torch.float64)
     run = _lowrank if method == "lowrank" else _merged
-    losses = run(adapters, U, tokens, batch_size, joint, on_progress)  # [M, N]
-    return _by_domain(losses.numpy(), domain_ids.numpy(), num_domains, tokens.shape[1] - 1)
+    sums = run(adapters, U, heldout, batch_size, joint, on_progress)  # [M, N]
+    return losses_by_domain(sums.numpy(), heldout.targets.numpy(), domain_ids.numpy(), num_domains)
 
 
 def _merged(
-    adapters: JointAdapters, U: Tensor, tokens: Tensor, batch_size: int, joint: int, tick: Callable[[], None]
+    adapters: JointAdapters,
+    U: Tensor,
+    heldout: TokenBatch,
+    batch_size: int,
+    joint: int,
+    tick: Callable[[], None],
 ) -> Tensor:
     rows = []
     for u in U:
-        with adapters.merged(u.to(tokens.device)):
-            rows.append(mean_losses_per_sample(adapters.model, tokens, batch_size))
+        with adapters.merged(u):
+            rows.append(sample_loss_sums(adapters.model, heldout, batch_size))
         tick()
-    return torch.stack(rows) if rows else torch.zeros(0, len(tokens), dtype=torch.float64)
+    return torch.stack(rows) if rows else torch.zeros(0, len(heldout), dtype=torch.float64)
 
 
 def _lowrank(
-    adapters: JointAdapters, U: Tensor, tokens: Tensor, batch_size: int, joint: int, tick: Callable[[], None]
+    adapters: JointAdapters,
+    U: Tensor,
+    heldout: TokenBatch,
+    batch_size: int,
+    joint: int,
+    tick: Callable[[], None],
 ) -> Tensor:
-    losses = torch.zeros(len(U), len(tokens), dtype=torch.float64)
+    """``joint`` candidates at a time; each part of the samples is there once for every one of them."""
+    sums = torch.zeros(len(U), len(heldout), dtype=torch.float64)
     device = adapters.parameters()[0].device
     for first in range(0, len(U), joint):
         group = U[first : first + joint]
         with adapters.simulating(group):
-            for start in range(0, len(tokens), batch_size):
-                part = tokens[start : start + batch_size].to(device)
-                sums = sample_losses(adapters.model, part.repeat(len(group), 1))  # [m * b]
-                losses[first : first + joint, start : start + len(part)] = (
-                    sums.double().cpu().view(len(group), -1)
+            for start in range(0, len(heldout), batch_size):
+                part = heldout[start : start + batch_size]
+                found = sample_losses(adapters.model, part.to(device).repeat(len(group)))  # [m * b]
+                sums[first : first + joint, start : start + len(part)] = (
+                    found.double().cpu().view(len(group), -1)
                 )
         for _ in group:
             tick()
-    return losses / (tokens.shape[1] - 1)
-
-
-def _by_domain(losses: np.ndarray, domain_ids: np.ndarray, num_domains: int, targets: int) -> CandidateLosses:
-    """Means and standard errors over each domain's samples: [M, N] to [M, D]."""
-    counts = np.bincount(domain_ids, minlength=num_domains)
-    member = np.eye(num_domains)[domain_ids]  # [N, D]
-    mean = losses @ member / counts
-    squares = (losses - mean[:, domain_ids]) ** 2 @ member
-    stderr = np.sqrt(squares / np.maximum(counts - 1, 1) / counts)
-    return CandidateLosses(mean, stderr, counts * targets)
+    return sums

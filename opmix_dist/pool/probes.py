@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opmix_dist.config import ProbeConfig
+from opmix_dist.data.batch import TokenBatch
 from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import CURVE_FILE
 from opmix_dist.models.lora import JointAdapters
@@ -22,7 +23,7 @@ from opmix_dist.seeds import derive_seed
 
 def train_probes(
     model: PreTrainedModel,
-    batches: Mapping[str, Iterator[Tensor]],
+    batches: Mapping[str, Iterator[TokenBatch]],
     config: ProbeConfig,
     *,
     base_lr: float,
@@ -33,12 +34,12 @@ def train_probes(
 ) -> tuple[JointAdapters, dict[str, list[float]]]:
     """Train one adapter per entry of ``batches``, each as if it were alone.
 
-    The loss is the sum over adapters of each one's own token mean; A and B have no parameter in common, so
-    each adapter sees its own gradient only. AdamW is elementwise and clipping goes by each adapter's own
-    norm: the result equals separate runs to float tolerance.
+    The loss is the sum over adapters of each one's own mean over its targets; A and B have no parameter in
+    common, so each adapter sees its own gradient only. AdamW is elementwise and clipping goes by each
+    adapter's own norm: the result equals separate runs to float tolerance.
 
     Args:
-        batches: component to an endless iterator of tokens [b, T] int64, the same b for all.
+        batches: component to an endless iterator of b samples of T tokens, the same b and T for all.
         base_lr: the trainer's base learning rate; probes use ``lr_multiplier`` times it, constant.
         seeds: component to the seed of its initial A and its dropout.
         autocast_dtype: dtype of the matrix products; None computes in float32.
@@ -47,7 +48,7 @@ def train_probes(
         The adapters, injected in ``model``, and each component's training loss per step (nats per token).
 
     Raises:
-        SearchError: naming the probe and the step whose loss is NaN or inf.
+        SearchError: naming the probe and the step whose loss is NaN or inf, or whose samples have no target.
     """
     names = list(batches)
     adapters = JointAdapters(
@@ -71,11 +72,12 @@ def train_probes(
         for step in range(config.steps):
             # a base with dropout of its own draws from the global generator: repeatable, and restored after
             torch.manual_seed(derive_seed(seeds[names[0]], "base dropout", step))
-            tokens = torch.cat([next(batches[name]) for name in names]).to(device)  # [K * b, T]
+            batch = TokenBatch.cat([next(batches[name]) for name in names])  # K * b samples
+            targets = _targets(batch, names, step).to(device)
             compute = torch.autocast(device.type, autocast_dtype) if autocast_dtype else nullcontext()
             with compute:
-                sums = sample_losses(model, tokens)  # [K * b]
-            means = sums.view(len(names), -1).mean(dim=1) / (tokens.shape[1] - 1)  # [K]
+                sums = sample_losses(model, batch.to(device))  # [K * b]
+            means = sums.view(len(names), -1).sum(dim=1) / targets  # [K]
             _record(curves, names, means.tolist(), step)
             means.sum().backward()
             adapters.clip_gradients(config.max_grad_norm)
@@ -83,6 +85,18 @@ def train_probes(
             optimizer.zero_grad(set_to_none=True)
             on_step(step + 1)
     return adapters, curves
+
+
+def _targets(batch: TokenBatch, names: list[str], step: int) -> Tensor:
+    """Targets of each component's samples, [K]."""
+    targets = batch.targets.view(len(names), -1).sum(dim=1)
+    for name, count in zip(names, targets.tolist(), strict=True):
+        if count == 0:
+            raise SearchError(
+                f"probe `{name}` has no token that counts in the loss at step {step + 1}: raise "
+                "search.probes.batch_size"
+            )
+    return targets
 
 
 def _record(curves: dict[str, list[float]], names: list[str], losses: list[float], step: int) -> None:

@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import cast
 
@@ -19,12 +20,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from opmix_dist.config import RunConfig
-from opmix_dist.data.catalogue import Catalogue
-from opmix_dist.data.loader import EvalSet, MixtureLoader, eval_batches
+from opmix_dist.data.batch import TokenBatch
+from opmix_dist.data.build import held_out_samples, open_data, read_options
+from opmix_dist.data.loader import EvalSet, MixtureLoader
 from opmix_dist.distributed import PeerError, World
 from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
@@ -32,9 +33,11 @@ from opmix_dist.exchange.rundir import RunDir, SearchDir, write_record
 from opmix_dist.exchange.schemas import Fit, Proposal, SearchRequest, SearchStage
 from opmix_dist.ledger import Ledger
 from opmix_dist.models.build import load_snapshot
+from opmix_dist.models.documents import require_documents_apart
 from opmix_dist.models.flops import count_flops
 from opmix_dist.models.lora import JointAdapters
-from opmix_dist.pool.candidates import CandidateLosses, Method, cheaper_method, evaluate_candidates
+from opmix_dist.models.loss import DomainLosses, sample_loss_sums, uses_flash_attention
+from opmix_dist.pool.candidates import Method, cheaper_method, evaluate_candidates
 from opmix_dist.pool.errors import SearchError
 from opmix_dist.pool.probes import save_probe, train_probes
 from opmix_dist.pool.status import StatusWriter
@@ -110,9 +113,12 @@ class _Search:
         self.status.enter(SearchStage.PROBING, total=self.config.search.probes.steps)
         self.request: SearchRequest = self.search.request()
         settings = self.config.search
-        self.catalogue = Catalogue.open(self.config.data.root, self.request.domains)
-        self.heldout: EvalSet = eval_batches(
-            self.catalogue, samples_per_domain=settings.candidates.samples_per_domain, seed=self.config.seed
+        self.catalogue = open_data(self.config.data, self.request.domains)
+        self.heldout: EvalSet = held_out_samples(
+            self.config.data,
+            self.catalogue,
+            samples_per_domain=settings.candidates.samples_per_domain,
+            seed=self.config.seed,
         )
         self.snapshot: Path = self.run_dir.path / self.request.snapshot
         files.require_complete(self.snapshot, "snapshot")
@@ -146,8 +152,23 @@ class _Search:
             attention=self.config.model.attention,
             trust_remote_code=self.config.model.trust_remote_code,
         )
-        cast(torch.nn.Module, model).to(self.world.device)
+        cast(torch.nn.Module, model).to(self.world.device).eval()
+        if self.config.data.mask_documents:  # a pool may have another GPU and transformers than the trainers
+            with self._evaluation_dtype(model):
+                require_documents_apart(
+                    lambda batch: sample_loss_sums(model, batch, 1),
+                    vocab_size=model.config.get_text_config().vocab_size,
+                    sequence_length=self.catalogue.sequence_length,
+                    architecture=type(model).__name__,
+                    attention=self.config.model.attention,
+                )
         return model
+
+    def _evaluation_dtype(self, model: PreTrainedModel) -> AbstractContextManager[object]:
+        """Candidates differ by little, hence float32; but flash attention's kernels take none."""
+        if not uses_flash_attention(cast(torch.nn.Module, model)):
+            return nullcontext()
+        return torch.autocast(self.world.device.type, getattr(torch, self.config.engine.param_dtype))
 
     def _probe(self) -> None:
         """Train the groups of probes that are not on disk whole, this rank its own.
@@ -205,7 +226,7 @@ class _Search:
             save_probe(adapters, name, curves[name], self.search.probe(name), self.request.snapshot, seconds)
         adapters.remove()
 
-    def _batches(self, component: str) -> Iterator[Tensor]:
+    def _batches(self, component: str) -> Iterator[TokenBatch]:
         """Training samples in the component's proportions, in an order of the component's own."""
         row = self.request.composition[self.request.components.index(component)]
         loader = MixtureLoader(
@@ -215,8 +236,14 @@ class _Search:
             rank=0,
             world_size=1,
             seed=derive_seed(self.request.seed, "probe data", component),
+            shuffle_block=self.config.data.shuffle_block,
+            reading=read_options(self.config.data),
         )
-        return (batch.tokens for batch in loader)
+        try:
+            for loaded in loader:
+                yield loaded.batch
+        finally:  # when the probe is trained and nobody asks for more
+            loader.close()
 
     def _probe_tokens(self) -> int:
         probes = self.config.search.probes
@@ -231,43 +258,44 @@ class _Search:
         for index, name in enumerate(names):
             self.adapters.load_peft(index, self.search.probe(name))
 
-    def _evaluate(self, U: np.ndarray, stage: SearchStage | None = None) -> CandidateLosses:
+    def _evaluate(self, U: np.ndarray, stage: SearchStage | None = None) -> DomainLosses:
         """Losses of all rows of U on every rank; each rank simulates its share of them."""
         if stage is not None:
             self.status.enter(stage, total=len(range(0, len(U), self.world.size)))
         mine = np.arange(self.world.rank, len(U), self.world.size)
         num_domains = len(self.request.domains)
-        found: list[CandidateLosses] = []
+        found: list[DomainLosses] = []
         with self.ledger.timed("evaluation"):
             self.together(lambda: found.append(self._simulate(U[mine])))
             shared = torch.zeros(2, len(U), num_domains, dtype=torch.float64)
             shared[:, mine] = torch.from_numpy(np.stack([found[0].loss, found[0].stderr]))
             loss, stderr = self.world.sum(shared).numpy()
         self._count_evaluation(len(U))
-        return CandidateLosses(loss, stderr, found[0].tokens)
+        return DomainLosses(loss, stderr, found[0].targets)
 
-    def _simulate(self, U: np.ndarray) -> CandidateLosses:
+    def _simulate(self, U: np.ndarray) -> DomainLosses:
         candidates = self.config.search.candidates
-        return evaluate_candidates(
-            self.adapters,
-            U,
-            self.heldout.tokens,
-            self.heldout.domain_ids,
-            len(self.request.domains),
-            method=self._method(),
-            batch_size=candidates.batch_size,
-            joint=candidates.joint,
-            on_progress=self.status.advance,
-        )
+        with self._evaluation_dtype(self.model):
+            return evaluate_candidates(
+                self.adapters,
+                U,
+                self.heldout.batch,
+                self.heldout.domain_ids,
+                len(self.request.domains),
+                method=self._method(),
+                batch_size=candidates.batch_size,
+                joint=candidates.joint,
+                on_progress=self.status.advance,
+            )
 
     def _method(self) -> Method:
         chosen = self.config.search.candidates.method
         if chosen != "auto":
             return chosen
-        return cheaper_method(self.flops, len(self.request.components), self.heldout.tokens.numel())
+        return cheaper_method(self.flops, len(self.request.components), self.heldout.batch.tokens.numel())
 
     def _count_evaluation(self, candidates: int) -> None:
-        components, tokens = len(self.request.components), candidates * self.heldout.tokens.numel()
+        components, tokens = len(self.request.components), candidates * self.heldout.batch.tokens.numel()
         flops = (
             tokens * self.flops.lowrank_candidate(components)
             if self._method() == "lowrank"
@@ -275,14 +303,14 @@ class _Search:
         )
         self.ledger.add("evaluation", flops=flops, tokens=tokens)
 
-    def _solve(self, losses: CandidateLosses) -> np.ndarray:
+    def _solve(self, losses: DomainLosses) -> np.ndarray:
         """Fit and propose on the leader; the proposal's coefficients u [C] on every rank."""
         self.status.enter(SearchStage.FITTING)
         with self.ledger.timed("fit"):
             self.together(lambda: self._fit_and_propose(losses) if self.world.is_leader else None)
         return np.array(self.world.share(self.solution.u.tolist() if self.world.is_leader else None))
 
-    def _fit_and_propose(self, losses: CandidateLosses) -> None:
+    def _fit_and_propose(self, losses: DomainLosses) -> None:
         settings, request = self.config.search, self.request
         self.fit: LawFit = fit_log_linear(
             self.U,
@@ -303,15 +331,13 @@ class _Search:
             expansion=settings.proposal.expansion,
         )
 
-    def _write(self, losses: CandidateLosses, base: CandidateLosses, landed: CandidateLosses) -> None:
+    def _write(self, losses: DomainLosses, base: DomainLosses, landed: DomainLosses) -> None:
         """Everything a reader needs is there before the status says so."""
         self._write_candidates(losses, base, landed)
         write_record(self.search.fit_file, self._fit_record())
         write_record(self.search.proposal_file, self._proposal_record(base, landed))
 
-    def _write_candidates(
-        self, losses: CandidateLosses, base: CandidateLosses, landed: CandidateLosses
-    ) -> None:
+    def _write_candidates(self, losses: DomainLosses, base: DomainLosses, landed: DomainLosses) -> None:
         """candidates.parquet: a row per candidate and domain."""
         count, components = self.U.shape
         rows: list[dict[str, object]] = []
@@ -328,7 +354,7 @@ class _Search:
         files.write_bytes(self.search.candidates_file, buffer.getvalue().to_pybytes())
 
     def _candidate_rows(
-        self, kind: str, number: int, u: np.ndarray, measured: CandidateLosses, m: int
+        self, kind: str, number: int, u: np.ndarray, measured: DomainLosses, m: int
     ) -> Iterator[dict[str, object]]:
         request = self.request
         x = u @ np.array(request.composition)
@@ -340,7 +366,7 @@ class _Search:
                 "domain": domain,
                 "loss": float(measured.loss[m, d]),
                 "stderr": float(measured.stderr[m, d]),
-                "tokens": int(measured.tokens[d]),
+                "tokens": int(measured.targets[d]),
             }
 
     def _fit_record(self) -> Fit:
@@ -356,7 +382,7 @@ class _Search:
             warnings=list(fit.warnings),
         )
 
-    def _proposal_record(self, base: CandidateLosses, landed: CandidateLosses) -> Proposal:
+    def _proposal_record(self, base: DomainLosses, landed: DomainLosses) -> Proposal:
         request, solution = self.request, self.solution
 
         def by_domain(values: np.ndarray) -> dict[str, float]:

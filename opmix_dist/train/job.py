@@ -13,8 +13,9 @@ import transformers
 
 from opmix_dist import __version__
 from opmix_dist.config import RunConfig, changed_settings
+from opmix_dist.data.build import held_out_samples, open_data, read_options
 from opmix_dist.data.catalogue import Catalogue, tokenizer_fingerprint
-from opmix_dist.data.loader import EvalSet, MixtureLoader, eval_batches
+from opmix_dist.data.loader import EvalSet, MixtureLoader
 from opmix_dist.distributed import Placement, Role, World, has_launcher, use_deterministic_kernels
 from opmix_dist.engines.base import Engine
 from opmix_dist.engines.build import build_engine
@@ -61,7 +62,7 @@ def run_job(config: RunConfig) -> None:
     if placement.role is Role.POOL:
         Supervisor(run, config, placement).supervise()
         return
-    catalogue = Catalogue.open(config.data.root, config.data.domains)
+    catalogue = open_data(config.data)
     weights = initial_mixture(config.mixture.initial, catalogue)
     check_config_against(config, catalogue, placement)
     check_tokenizer(config, catalogue)
@@ -88,6 +89,10 @@ def check_config_against(config: RunConfig, catalogue: Catalogue, placement: Pla
         raise UserError(
             f"a domain cannot be named `{OLD}`: it is the component of what was trained on so far"
         )
+    if isinstance(config.data.max_epochs, dict):
+        for name in config.data.max_epochs:
+            if name not in catalogue.names:
+                raise UserError(f"data.max_epochs names `{name}`, which is no domain of {catalogue.root}")
     for name in config.search.proposal.omega or {}:
         if name not in catalogue.names:
             raise UserError(f"search.proposal.omega names `{name}`, which is no domain of {catalogue.root}")
@@ -129,7 +134,7 @@ class Job:
             return
         trainer = self._build()
         last = trainer.fit()
-        search_losses = trainer.losses_by_domain(self._search_samples())
+        search_losses = trainer.losses_by_domain(self._search_samples()).loss.tolist()
         self._export(trainer.engine)
         if self.world.is_leader:
             self._sum_up(trainer, last, search_losses)
@@ -188,6 +193,9 @@ class Job:
             num_workers=config.data.num_workers,
             prefetch_batches=config.data.prefetch_batches,
             max_epochs=self._max_epochs(),
+            on_exhausted=config.data.on_exhausted,
+            shuffle_block=config.data.shuffle_block,
+            reading=read_options(config.data),
         )
         heldout = self._report_samples()
         self._search_samples()
@@ -231,7 +239,8 @@ class Job:
 
     def _search_samples(self) -> EvalSet:
         """Held-out samples that candidates are evaluated on."""
-        return eval_batches(
+        return held_out_samples(
+            self.config.data,
             self.catalogue,
             samples_per_domain=self.config.search.candidates.samples_per_domain,
             seed=self.config.seed,
@@ -240,7 +249,8 @@ class Job:
     def _report_samples(self) -> EvalSet:
         """Held-out samples of the reported losses: others than the search chose its mixture on, also where
         there is no search, so that runs can be compared."""
-        return eval_batches(
+        return held_out_samples(
+            self.config.data,
             self.catalogue,
             samples_per_domain=self.config.train.eval_samples_per_domain,
             seed=self.config.seed,
@@ -249,7 +259,9 @@ class Job:
 
     def _max_epochs(self) -> dict[str, float] | None:
         limit = self.config.data.max_epochs
-        return None if limit is None else dict.fromkeys(self.catalogue.names, limit)
+        if limit is None or isinstance(limit, dict):
+            return limit
+        return dict.fromkeys(self.catalogue.names, limit)
 
     def _restore(self, engine: Engine, checkpointer: Checkpointer, loader: MixtureLoader) -> TrainerState:
         step = checkpointer.newest()
@@ -269,9 +281,13 @@ class Job:
                 )
         loader.load_state_dict(state.loader)
         loader.set_weights(state.weights)
-        if state.world_size != self.world.size and self.world.is_leader:
-            log.info("checkpoint of %d trainer ranks continues on %d", state.world_size, self.world.size)
-        state.world_size = self.world.size
+        batch_size = self.config.train.global_batch_size
+        if self.world.is_leader:
+            if state.world_size != self.world.size:
+                log.info("checkpoint of %d trainer ranks continues on %d", state.world_size, self.world.size)
+            if state.global_batch_size != batch_size:
+                log.info("from step %d on, a step is %d samples", state.step, batch_size)
+        state.world_size, state.global_batch_size = self.world.size, batch_size
         return state
 
     def _content(self) -> dict[str, str]:
@@ -317,7 +333,7 @@ class Job:
             self.catalogue.load_tokenizer().save_pretrained(self.run.export)
             files.mark_complete(self.run.export, {"step": self.config.train.steps})
 
-    def _sum_up(self, trainer: Trainer, last: EvalLine, search_losses: dict[str, torch.Tensor]) -> None:
+    def _sum_up(self, trainer: Trainer, last: EvalLine, search_losses: list[float]) -> None:
         """summary.json, which tells the pool that the run has ended."""
         state = trainer.state
         summary = Summary(
@@ -326,7 +342,7 @@ class Job:
             domain_tokens=state.domain_tokens,
             final_loss=last.loss,
             final_stderr=last.stderr,
-            final_search_loss={name: float(part.mean()) for name, part in search_losses.items()},
+            final_search_loss=dict(zip(self.catalogue.names, search_losses, strict=True)),
             mixture=state.weights,
             costs=trainer.ledger.costs,
             parameters=trainer.engine.num_parameters,

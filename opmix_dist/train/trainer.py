@@ -19,6 +19,7 @@ from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, TrainLine
 from opmix_dist.ledger import Ledger
+from opmix_dist.models.loss import DomainLosses, losses_by_domain
 from opmix_dist.seeds import derive_seed
 from opmix_dist.train.callbacks import Callback
 from opmix_dist.train.checkpoint import Checkpointer
@@ -88,34 +89,35 @@ class Trainer:
         # Models with dropout draw from a generator that depends on step and rank only: exact after a resume.
         torch.manual_seed(derive_seed(self.config.seed, "step", step, self.world.rank))
         lr = learning_rate(self.config.schedule, self.config.optimizer.lr, step, self.config.train.steps)
-        batch = next(self.loader)
-        microbatches = batch.tokens.split(self.config.train.micro_batch_size)
+        loaded = next(self.loader)
+        microbatches = loaded.batch.split(self.config.train.micro_batch_size)
         result = self.engine.train_step(microbatches, lr=lr)
-        sums, counts = self._sum_by_domain(batch, result)
+        sums = self._sum_by_domain(loaded, result)
         seconds = time.perf_counter() - start
-        return self._book(sums, counts, result.grad_norm, lr, seconds)
+        return self._book(sums, result.grad_norm, lr, seconds)
 
-    def _sum_by_domain(self, batch: LoadedBatch, result: StepResult) -> tuple[Tensor, Tensor]:
-        """Summed sample losses and number of samples per domain over the global batch, each [D]."""
-        sums = torch.zeros(2, len(self.catalogue.names), dtype=torch.float64)
-        sums[0].index_add_(0, batch.domain_ids, result.sample_losses)
-        sums[1].index_add_(0, batch.domain_ids, torch.ones_like(result.sample_losses))
-        losses, counts = self.world.sum(sums)
-        return losses, counts
+    def _sum_by_domain(self, loaded: LoadedBatch, result: StepResult) -> Tensor:
+        """Losses, targets and samples of each domain, summed over the global batch: [3, D] float64."""
+        losses = result.sample_losses
+        rows = torch.stack([losses, result.targets.to(losses), torch.ones_like(losses)])  # [3, b]
+        sums = torch.zeros(3, len(self.catalogue.names), dtype=torch.float64)
+        return self.world.sum(sums.index_add_(1, loaded.domain_ids, rows))
 
-    def _book(self, sums: Tensor, counts: Tensor, grad_norm: float, lr: float, seconds: float) -> TrainLine:
-        """Advance the state by one step and describe it."""
+    def _book(self, sums: Tensor, grad_norm: float, lr: float, seconds: float) -> TrainLine:
+        """Advance the state by one step and describe it. Tokens are T for each sample, padding included: it
+        is computed on too."""
+        losses, targets, samples = sums  # [D] each
         length = self.catalogue.sequence_length
-        tokens = int(counts.sum()) * length
-        for name, count in zip(self.catalogue.names, counts.tolist(), strict=True):
+        tokens = int(samples.sum()) * length
+        for name, count in zip(self.catalogue.names, samples.tolist(), strict=True):
             self.state.domain_tokens[name] += int(count) * length
         self.state.step += 1
         per_token = self.engine.flops.train(recompute=self.config.engine.activation_checkpointing)
         self.ledger.add("train", seconds=seconds, flops=tokens * per_token, tokens=tokens)
-        by_domain = zip(self.catalogue.names, sums.tolist(), counts.tolist(), strict=True)
+        by_domain = zip(self.catalogue.names, losses.tolist(), targets.tolist(), strict=True)
         return TrainLine(
             step=self.state.step,
-            loss=float(sums.sum() / counts.sum()),
+            loss=float(losses.sum() / targets.sum()),
             domain_loss={name: total / count for name, total, count in by_domain if count},
             grad_norm=grad_norm,
             lr=lr,
@@ -128,26 +130,26 @@ class Trainer:
         """Collective. Mean held-out loss per domain, always on the same samples; once for each step."""
         if self._last_evaluation is not None and self._last_evaluation.step == self.state.step:
             return self._last_evaluation
-        by_domain = self.losses_by_domain(self.heldout)
+        found = self.losses_by_domain(self.heldout)
         line = EvalLine(
             step=self.state.step,
             tokens=self.state.tokens,
-            loss={name: float(part.mean()) for name, part in by_domain.items()},
-            stderr={name: _standard_error(part) for name, part in by_domain.items()},
+            loss=dict(zip(self.catalogue.names, found.loss.tolist(), strict=True)),
+            stderr=dict(zip(self.catalogue.names, found.stderr.tolist(), strict=True)),
         )
         self._last_evaluation = line
         self._announce("on_evaluation", line)
         return line
 
-    def losses_by_domain(self, samples: EvalSet) -> dict[str, Tensor]:
-        """Collective. Mean loss of each sample, float64, by domain."""
-        tokens = samples.tokens
+    def losses_by_domain(self, heldout: EvalSet) -> DomainLosses:
+        """Collective. Losses [D], in the catalogue's order."""
+        batch, tokens = heldout.batch, heldout.batch.tokens.numel()
         with self.ledger.timed("held-out evaluation"):
-            losses = self.engine.evaluate(tokens, self.config.train.micro_batch_size)  # [N] float64
-        self.ledger.add(
-            "held-out evaluation", flops=tokens.numel() * self.engine.flops.forward, tokens=tokens.numel()
+            sums = self.engine.evaluate(batch, self.config.train.micro_batch_size)  # [N]
+        self.ledger.add("held-out evaluation", flops=tokens * self.engine.flops.forward, tokens=tokens)
+        return losses_by_domain(
+            sums.numpy(), batch.targets.numpy(), heldout.domain_ids.numpy(), len(self.catalogue.names)
         )
-        return {name: losses[samples.domain_ids == i] for i, name in enumerate(self.catalogue.names)}
 
     def save_checkpoint(self, checkpointer: Checkpointer) -> None:
         """Collective."""
@@ -171,8 +173,3 @@ class Trainer:
                 callback.close()
             self.policy.close()
             self.loader.close()
-
-
-def _standard_error(losses: Tensor) -> float:
-    """Of the mean of [n] samples; 0 for a single one."""
-    return float(losses.std() / len(losses) ** 0.5) if len(losses) > 1 else 0.0

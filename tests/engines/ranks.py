@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from opmix_dist.config import CheckpointConfig, EngineConfig, OptimizerConfig
+from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import Placement, World
 from opmix_dist.engines.base import Engine
 from opmix_dist.engines.fsdp import FSDPEngine
@@ -17,7 +19,7 @@ from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.process import end_process
 from opmix_dist.train.checkpoint import Checkpointer
 from opmix_dist.train.state import TrainerState
-from tests.helpers import random_tokens, tiny_llama
+from tests.helpers import tiny_llama, uneven_batch
 
 BATCH, MICRO, LENGTH, LR = 12, 2, 16, 1e-2
 
@@ -33,16 +35,26 @@ def build(world: World, **config: object) -> Engine:
     )
 
 
+def global_batch(step: int) -> TokenBatch:
+    """Samples with different numbers of targets; the first micro-batches, and with them the first rank of
+    three, have none."""
+    batch = uneven_batch(step, BATCH, LENGTH, mask_documents=True)
+    mask = batch.loss_mask.clone()
+    mask[: BATCH // 3] = False
+    return dataclasses.replace(batch, loss_mask=mask)
+
+
 def train(engine: Engine, first: int, last: int) -> list[list[float]]:
-    """[mean loss over the global batch, gradient norm] of steps ``first`` to ``last``."""
+    """[mean loss over the global batch's targets, gradient norm] of steps ``first`` to ``last``."""
     curve = []
     share = BATCH // engine.world.size
     for step in range(first, last):
-        batch = random_tokens(step, BATCH, LENGTH)
-        mine = batch[engine.world.rank * share : (engine.world.rank + 1) * share]
+        batch = global_batch(step)
+        mine = batch[slice(engine.world.rank * share, (engine.world.rank + 1) * share)]
         result = engine.train_step(mine.split(MICRO), lr=LR)
+        assert torch.equal(result.targets, mine.targets)
         total = engine.world.sum(result.sample_losses.sum())
-        curve.append([total.item() / BATCH, result.grad_norm])
+        curve.append([total.item() / batch.targets.sum().item(), result.grad_norm])
     return curve
 
 
@@ -50,7 +62,7 @@ def curve(world: World, out: Path, options: str) -> None:
     """Train eight steps, evaluate, export; the leader writes curve.json."""
     engine = build(world, **json.loads(options))
     steps = train(engine, 0, 8)
-    losses = engine.evaluate(random_tokens(99, 7, LENGTH), batch_size=2)
+    losses = engine.evaluate(uneven_batch(99, 7, LENGTH, mask_documents=True), batch_size=2)
     parameters = engine.full_parameters()
     if parameters is not None:
         engine.save_hf(parameters, out / "hf")
@@ -82,14 +94,14 @@ def non_finite(world: World, out: Path, _: str) -> None:
     """One rank meets a NaN: all ranks raise, and none has changed its parameters."""
     engine = build(world)
     before = engine.full_parameters()
-    tokens = random_tokens(0, BATCH // world.size, LENGTH)
+    batch = uneven_batch(0, BATCH // world.size, LENGTH)
     message = ""
     try:
         weights = engine.model.model.norm.weight
         local = getattr(weights, "to_local", lambda: weights)()
         if world.rank == 0:
             local.data.view(-1)[0] = float("nan")
-        engine.train_step(tokens.split(MICRO), lr=LR)
+        engine.train_step(batch.split(MICRO), lr=LR)
     except Exception as error:
         message = type(error).__name__
     after = engine.full_parameters()

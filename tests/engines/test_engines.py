@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from opmix_dist.models.loss import mean_losses_per_sample
-from tests.engines.ranks import BATCH, LENGTH, LR, MICRO
-from tests.helpers import random_tokens, tiny_llama, torchrun
+from opmix_dist.models.loss import sample_loss_sums
+from tests.engines.ranks import BATCH, LENGTH, LR, MICRO, global_batch
+from tests.helpers import tiny_llama, torchrun, uneven_batch
 
 pytestmark = pytest.mark.launch
 
@@ -42,8 +42,10 @@ def test_one_process_equals_a_loop_written_by_hand(one_process: tuple[dict, Path
         lr=LR, betas=(0.9, 0.95),
     )  # fmt: skip
     for step in range(8):
-        tokens = random_tokens(step, BATCH, LENGTH)
-        loss = model(input_ids=tokens, labels=tokens).loss
+        batch = global_batch(step)
+        labels = batch.tokens.masked_fill(~batch.loss_mask, -100)
+        arguments = {"input_ids": batch.tokens, "position_ids": batch.position_ids, "use_cache": False}
+        loss = model(**arguments, labels=labels).loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -72,7 +74,7 @@ def test_export_loads_with_transformers_and_scores_the_same(one_process, tmp_pat
     sharded = curve(2, tmp_path)
     for out, result in ((tmp_path, sharded), (one_process[1], one_process[0])):
         model = AutoModelForCausalLM.from_pretrained(out / "hf").eval()
-        losses = mean_losses_per_sample(model, random_tokens(99, 7, LENGTH), batch_size=7)
+        losses = sample_loss_sums(model, uneven_batch(99, 7, LENGTH, mask_documents=True), batch_size=7)
         assert losses.tolist() == pytest.approx(result["evaluation"], rel=1e-6)
 
 

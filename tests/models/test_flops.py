@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from opmix_dist.models.flops import count_flops, num_parameters
 from opmix_dist.models.lora import JointAdapters
 from opmix_dist.models.loss import sample_losses
-from tests.helpers import random_tokens, tiny_llama
+from tests.helpers import random_batch, tiny_llama
 
 BATCH, LENGTH = 3, 24
 
@@ -34,24 +34,24 @@ def eager():
 
 def test_forward_and_training_flops(eager) -> None:
     counts = count_flops(eager, LENGTH)
-    tokens = random_tokens(0, BATCH, LENGTH)
-    forward = measured(lambda: sample_losses(eager, tokens))
-    assert forward == counts.forward * tokens.numel() + rotary_angles(eager)
-    whole_step = measured(lambda: sample_losses(eager, tokens).sum().backward())
-    assert whole_step == pytest.approx(counts.train(recompute=False) * tokens.numel(), rel=0.01)
+    batch = random_batch(0, BATCH, LENGTH)
+    forward = measured(lambda: sample_losses(eager, batch))
+    assert forward == counts.forward * batch.tokens.numel() + rotary_angles(eager)
+    whole_step = measured(lambda: sample_losses(eager, batch).sum().backward())
+    assert whole_step == pytest.approx(counts.train(recompute=False) * batch.tokens.numel(), rel=0.01)
 
 
 def test_probe_flops(eager) -> None:
     counts = count_flops(eager, LENGTH, lora_rank=8)
     adapters = JointAdapters(eager, ["a", "b", "c"], rank=8, alpha=16, seeds=[0, 1, 2])
-    tokens = random_tokens(0, BATCH, LENGTH)
+    batch = random_batch(0, BATCH, LENGTH)
     with adapters.training():
-        whole_step = measured(lambda: sample_losses(eager, tokens).sum().backward())
+        whole_step = measured(lambda: sample_losses(eager, batch).sum().backward())
     # attention's backward is 2x its forward also under a frozen base: a few per cent more than the formula
-    assert whole_step == pytest.approx(counts.probe() * tokens.numel(), rel=0.1)
+    assert whole_step == pytest.approx(counts.probe() * batch.tokens.numel(), rel=0.1)
     with adapters.simulating(torch.eye(3)), torch.no_grad():
-        simulated = measured(lambda: sample_losses(eager, tokens))
-    assert simulated == counts.lowrank_candidate(3) * tokens.numel() + rotary_angles(eager)
+        simulated = measured(lambda: sample_losses(eager, batch))
+    assert simulated == counts.lowrank_candidate(3) * batch.tokens.numel() + rotary_angles(eager)
 
 
 def test_parameters_of_a_hand_counted_model() -> None:

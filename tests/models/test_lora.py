@@ -8,15 +8,16 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from opmix_dist.config import ProbeConfig
+from opmix_dist.data.batch import TokenBatch
 from opmix_dist.errors import UserError
 from opmix_dist.models.lora import JointAdapters
 from opmix_dist.models.loss import sample_losses
 from opmix_dist.pool.errors import SearchError
 from opmix_dist.pool.probes import save_probe, train_probes
-from tests.helpers import random_tokens, tiny_llama
+from tests.helpers import random_batch, tiny_llama, uneven_batch
 
 NAMES = ["old", "code", "prose"]
 STEPS, BATCH, LENGTH, RANK, ALPHA, LR = 12, 3, 16, 4, 8, 5e-3
@@ -25,8 +26,10 @@ SETTINGS = ProbeConfig(
 )
 
 
-def batches(name: str) -> Iterator[Tensor]:
-    return (random_tokens(1000 * NAMES.index(name) + step, BATCH, LENGTH) for step in range(10**6))
+def batches(name: str) -> Iterator[TokenBatch]:
+    """Samples with different numbers of targets, documents apart."""
+    seeds = range(1000 * NAMES.index(name), 10**6)
+    return (uneven_batch(seed, BATCH, LENGTH, mask_documents=True) for seed in seeds)
 
 
 def train_jointly(names: list[str], settings: ProbeConfig = SETTINGS) -> tuple[JointAdapters, dict]:
@@ -56,7 +59,8 @@ def train_with_peft(name: str) -> tuple[peft.PeftModel, list[float]]:
     )
     stream, losses = batches(name), []
     for _ in range(STEPS):
-        loss = sample_losses(model, next(stream)).mean() / (LENGTH - 1)
+        batch = next(stream)
+        loss = sample_losses(model, batch).sum() / batch.targets.sum()
         losses.append(loss.item())
         loss.backward()
         nn.utils.clip_grad_norm_(list(trained.values()), SETTINGS.max_grad_norm)
@@ -93,12 +97,12 @@ def test_saved_probe_loads_in_peft_and_scores_the_same(tmp_path: Path) -> None:
     adapters, curves = train_jointly(NAMES)
     save_probe(adapters, "code", curves["code"], tmp_path / "code", "snapshots/step_3", 1.5)
     loaded = peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "code")).eval()
-    tokens = random_tokens(5, 4, LENGTH)
+    batch = random_batch(5, 4, LENGTH)
     adapters.model.eval()
     with torch.no_grad(), adapters.simulating(torch.tensor([[0.0, 1.0, 0.0]])):
-        ours = sample_losses(adapters.model, tokens)
+        ours = sample_losses(adapters.model, batch)
     with torch.no_grad():
-        torch.testing.assert_close(sample_losses(loaded, tokens), ours, atol=1e-4, rtol=1e-6)
+        torch.testing.assert_close(sample_losses(loaded, batch), ours, atol=1e-4, rtol=1e-6)
     again = JointAdapters(tiny_llama(), ["x"], rank=RANK, alpha=ALPHA, seeds=[9])
     again.load_peft(0, tmp_path / "code")
     for name, layer in again.layers.items():
@@ -124,11 +128,11 @@ def test_merged_weights_are_the_sum_of_full_deltas_and_are_given_back() -> None:
 
 
 def test_fresh_adapters_change_nothing_and_can_be_removed() -> None:
-    model, tokens = tiny_llama(), random_tokens(1, 2, LENGTH)
-    expected = sample_losses(model, tokens)
+    model, batch = tiny_llama(), random_batch(1, 2, LENGTH)
+    expected = sample_losses(model, batch)
     adapters = JointAdapters(model, NAMES[:2], rank=RANK, alpha=ALPHA, dropout=0.5, seeds=[0, 1])
     with adapters.training():
-        assert torch.equal(sample_losses(model, tokens), expected)
+        assert torch.equal(sample_losses(model, batch), expected)
     assert adapters.remove() is model
     assert not any("JointLoRA" in type(m).__name__ for m in model.modules())
 
@@ -149,3 +153,11 @@ def test_a_probe_that_diverges_is_named_with_its_step() -> None:
         train_probes(
             model, {"old": batches("old")}, SETTINGS, base_lr=LR, betas=(0.9, 0.95), seeds={"old": 0}
         )
+
+
+def test_a_probe_whose_samples_have_no_target_is_named() -> None:
+    empty = uneven_batch(0, 1, LENGTH)
+    assert empty.targets.tolist() == [0]
+    stream = iter([uneven_batch(1, 2, LENGTH), TokenBatch.cat([empty, empty])])
+    with pytest.raises(SearchError, match="probe `old` has no token that counts in the loss at step 2"):
+        train_probes(tiny_llama(), {"old": stream}, SETTINGS, base_lr=LR, betas=(0.9, 0.95), seeds={"old": 0})

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from opmix_dist.models.flops import count_flops
 from opmix_dist.models.lora import JointAdapters
 from opmix_dist.pool.candidates import cheaper_method, evaluate_candidates
-from tests.helpers import random_tokens, tiny_llama
+from tests.helpers import tiny_llama, uneven_batch
 
 RANK, ALPHA, LENGTH = 4, 8, 16
-TOKENS = random_tokens(3, 7, LENGTH)
+HELDOUT = uneven_batch(3, 7, LENGTH, mask_documents=True)  # samples 0, 3 and 6 have no target
 DOMAINS = torch.tensor([0, 0, 0, 1, 1, 1, 1])
 U = np.array([[0.2, 0.5, 0.3], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.1, 0.1, 0.8], [0.6, 0.4, 0.0]])
 
@@ -31,15 +31,15 @@ def adapters() -> JointAdapters:
 
 
 def in_float64(adapters: JointAdapters, u: np.ndarray) -> np.ndarray:
-    """Mean loss per sample of a float64 copy of the base with W + s * sum_c u_c B_c A_c written into it."""
+    """Loss sums [N] of a float64 copy of the base with W + s * sum_c u_c B_c A_c written into it."""
     model = copy.deepcopy(tiny_llama()).double().eval()
     for name, layer in adapters.layers.items():
         delta = sum(u[k] * layer.B[k].double() @ layer.A[k].double() for k in range(len(u)))
         model.get_submodule(name).weight.data += (ALPHA / RANK) * delta
     with torch.no_grad():
-        logits = model(input_ids=TOKENS).logits
-    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), TOKENS[:, 1:], reduction="none")
-    return losses.mean(dim=1).numpy()
+        logits = model(input_ids=HELDOUT.tokens, position_ids=HELDOUT.position_ids, use_cache=False).logits
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), HELDOUT.tokens[:, 1:], reduction="none")
+    return (losses * HELDOUT.loss_mask[:, 1:]).sum(dim=1).numpy()
 
 
 @pytest.mark.parametrize(("method", "joint"), [("lowrank", 1), ("lowrank", 2), ("lowrank", 64), ("merge", 1)])
@@ -47,24 +47,29 @@ def in_float64(adapters: JointAdapters, u: np.ndarray) -> np.ndarray:
 def test_equals_merging_in_float64(adapters: JointAdapters, method, joint: int, batch_size: int) -> None:
     ticks: list[int] = []
     found = evaluate_candidates(
-        adapters, U, TOKENS, DOMAINS, 2, method=method, joint=joint, batch_size=batch_size,
+        adapters, U, HELDOUT, DOMAINS, 2, method=method, joint=joint, batch_size=batch_size,
         on_progress=lambda: ticks.append(1),
     )  # fmt: skip
     expected = np.stack([in_float64(adapters, u) for u in U])
-    assert np.ptp(expected.mean(axis=1)) > 1e-2, "the candidates do not differ: the test shows nothing"
-    np.testing.assert_allclose(found.loss[:, 0], expected[:, :3].mean(axis=1), rtol=2e-6)
-    np.testing.assert_allclose(found.loss[:, 1], expected[:, 3:].mean(axis=1), rtol=2e-6)
-    stderr = expected[:, 3:].std(axis=1, ddof=1) / 2.0
-    np.testing.assert_allclose(found.stderr[:, 1], stderr, rtol=1e-4)
-    assert found.tokens.tolist() == [3 * (LENGTH - 1), 4 * (LENGTH - 1)]
+    n = HELDOUT.targets.numpy()
+    assert n[[0, 3, 6]].tolist() == [0, 0, 0]
+    assert np.ptp(expected.sum(axis=1) / n.sum()) > 1e-2, "the candidates do not differ: this shows nothing"
+    for domain, rows in enumerate([[1, 2], [4, 5]]):
+        sums, counts = expected[:, rows], n[rows]
+        loss = sums.sum(axis=1) / counts.sum()
+        np.testing.assert_allclose(found.loss[:, domain], loss, rtol=2e-6)
+        # with two samples the residuals of a ratio are equal and opposite: sqrt(2 r^2 * 2 / 1) = 2 |r|
+        stderr = 2 * np.abs(sums[:, 0] - loss * counts[0]) / counts.sum()
+        np.testing.assert_allclose(found.stderr[:, domain], stderr, rtol=1e-3, atol=1e-6)
+    assert found.targets.tolist() == [n[1] + n[2], n[4] + n[5]]
     assert len(ticks) == len(U)
 
 
 def test_a_wrong_coefficient_is_seen(adapters: JointAdapters) -> None:
     """The tolerance above is tight enough: a coefficient that is off by 1e-3 fails it."""
     arguments = {"method": "merge", "batch_size": 16}
-    right = evaluate_candidates(adapters, U[:1], TOKENS, DOMAINS, 2, **arguments)
-    wrong = evaluate_candidates(adapters, U[:1] + np.array([1e-3, 0, 0]), TOKENS, DOMAINS, 2, **arguments)
+    right = evaluate_candidates(adapters, U[:1], HELDOUT, DOMAINS, 2, **arguments)
+    wrong = evaluate_candidates(adapters, U[:1] + np.array([1e-3, 0, 0]), HELDOUT, DOMAINS, 2, **arguments)
     assert np.abs(right.loss / wrong.loss - 1).max() > 2e-6
 
 
@@ -72,7 +77,7 @@ def test_no_candidates_give_empty_losses(adapters: JointAdapters) -> None:
     """A rank may have no share of the candidates."""
     for method in ("lowrank", "merge"):
         found = evaluate_candidates(
-            adapters, np.zeros((0, 3)), TOKENS, DOMAINS, 2, method=method, batch_size=4
+            adapters, np.zeros((0, 3)), HELDOUT, DOMAINS, 2, method=method, batch_size=4
         )  # fmt: skip
         assert found.loss.shape == (0, 2)
 
