@@ -1,8 +1,8 @@
 """Fetching shards ahead of their use, in a process of its own that takes nothing from training's interpreter.
 
 The loader writes what it will need as JSON lines to the process's standard input: first a store and the
-splits' folders, then, each time it changes, the list of (split, shard) in the order of need. The result is the
-files in the cache. The process ends with its input, or with its parent.
+splits' folders, then, each time it changes, the list of (split, shard) in the order of need. The files in the
+cache are the result. The process ends with its input, or with its parent.
 """
 
 from __future__ import annotations

@@ -199,6 +199,7 @@ class MixtureLoader:
         trial.set_weights(weights)  # what it refuses changes nothing
         self.close()
         self._sampler.add_domains(reader.shard_sizes(joining))
+        self._position = self._sampler.position
         self.catalogue, self._reader = catalogue, reader
         self._fetcher = self._start_fetcher()
 

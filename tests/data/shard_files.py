@@ -7,12 +7,27 @@ from typing import Any
 
 import numpy as np
 
-from opmix_dist.data.catalogue import TOKENIZER, Catalogue, DomainInfo, SplitInfo, tokenizer_fingerprint
+from opmix_dist.data.catalogue import (
+    FORMAT_VERSION,
+    TOKENIZER,
+    Catalogue,
+    DomainInfo,
+    SplitInfo,
+    tokenizer_fingerprint,
+)
 from opmix_dist.data.samples import Compression, DType, Sample, write_index, write_shard
 from opmix_dist.data.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
 
 T = 8
 VOCAB = 50_000
+
+
+def uint16(values: list[int]) -> np.ndarray:
+    return np.array(values, dtype=np.uint16)
+
+
+def uint32(values: list[Any]) -> np.ndarray:
+    return np.array(values, dtype=np.uint32)
 
 
 def sample_tokens(domain: int, sample: int, dtype: str = "uint16") -> np.ndarray:
@@ -67,7 +82,7 @@ def write_tokenizer(root: Path) -> None:
 
 def domain_info(name: str, fingerprint: str, train: int, held_out: int) -> DomainInfo:
     return DomainInfo(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         name=name,
         tokenizer_fingerprint=fingerprint,
         vocab_size=VOCAB,

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from opmix_dist.data.batch import TokenBatch, collate
 from opmix_dist.data.catalogue import Catalogue
-from opmix_dist.data.loader import LoadedBatch, MixtureLoader, eval_batches
+from opmix_dist.data.loader import LoadedBatch, MixtureLoader, ReadOptions, eval_batches
+from opmix_dist.data.samples import Sample
 from opmix_dist.errors import UserError
-from tests.data.shard_files import VOCAB, T, sample_tokens, write_catalogue
+from tests.data.shard_files import VOCAB, T, sample_tokens, uint16, uint32, write_catalogue, write_domain
 
 pytestmark = pytest.mark.usefixtures("streaming")
 
@@ -45,11 +47,13 @@ def make(catalogue: Catalogue) -> Iterator[Make]:
 
 def samples(batch: LoadedBatch) -> list[tuple[int, int]]:
     """(domain, sample) of each row, as the tokens tell it."""
-    assert batch.tokens.dtype == batch.domain_ids.dtype == torch.int64
-    assert batch.tokens[:, 0].tolist() == batch.domain_ids.tolist()
-    for row in batch.tokens:
+    tokens = batch.batch.tokens
+    assert tokens.dtype == batch.domain_ids.dtype == torch.int64
+    assert tokens[:, 0].tolist() == batch.domain_ids.tolist()
+    assert torch.equal(batch.batch.loss_mask, TokenBatch.of_tokens(tokens).loss_mask)
+    for row in tokens:
         np.testing.assert_array_equal(row, sample_tokens(int(row[0]), int(row[1])))
-    return [(int(row[0]), int(row[1])) for row in batch.tokens]
+    return [(int(row[0]), int(row[1])) for row in tokens]
 
 
 def take(loader: MixtureLoader, batches: int) -> list[list[tuple[int, int]]]:
@@ -197,7 +201,7 @@ def test_truncated_shard_is_named_in_one_line(spoilt: Catalogue, workers: int) -
 def test_shards_that_contradict_the_catalogue(spoilt: Catalogue) -> None:
     shutil.rmtree(spoilt.root / "code" / "train")
     shutil.copytree(spoilt.root / "web" / "train", spoilt.root / "code" / "train")
-    with pytest.raises(UserError, match=r"domain code: .* has 40 samples of 8 tokens, .* says 25 of 8"):
+    with pytest.raises(UserError, match=r"domain code: .* has 40 samples, its domain.json says 25"):
         MixtureLoader(spoilt, WEIGHTS, global_batch_size=8, rank=0, world_size=1, seed=5)
 
 
@@ -216,19 +220,20 @@ def test_batch_that_does_not_divide(make: Make) -> None:
 
 def test_eval_samples_are_fixed_and_nested(catalogue: Catalogue) -> None:
     few, more = (eval_batches(catalogue, samples_per_domain=n, seed=1) for n in (3, 5))
-    assert few.tokens.shape == (9, T)
-    assert few.domain_ids.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] == few.tokens[:, 0].tolist()
-    assert torch.equal(few.tokens, more.tokens[[0, 1, 2, 5, 6, 7, 10, 11, 12]])
-    assert torch.equal(few.tokens, eval_batches(catalogue, samples_per_domain=3, seed=1).tokens)
-    assert not torch.equal(few.tokens, eval_batches(catalogue, samples_per_domain=3, seed=2).tokens)
+    other = eval_batches(catalogue, samples_per_domain=3, seed=2)
+    assert few.batch.tokens.shape == (9, T)
+    assert few.domain_ids.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] == few.batch.tokens[:, 0].tolist()
+    assert torch.equal(few.batch.tokens, more.batch.tokens[[0, 1, 2, 5, 6, 7, 10, 11, 12]])
+    assert torch.equal(few.batch.tokens, eval_batches(catalogue, samples_per_domain=3, seed=1).batch.tokens)
+    assert not torch.equal(few.batch.tokens, other.batch.tokens)
 
 
 def test_skipped_eval_samples_are_those_of_the_other_caller(catalogue: Catalogue) -> None:
     first, all_five = (eval_batches(catalogue, samples_per_domain=n, seed=1) for n in (2, 5))
     rest = eval_batches(catalogue, samples_per_domain=3, seed=1, skip=2)
-    assert torch.equal(rest.tokens, all_five.tokens[[2, 3, 4, 7, 8, 9, 12, 13, 14]])
-    assert not {row.numpy().tobytes() for row in first.tokens} & {
-        row.numpy().tobytes() for row in rest.tokens
+    assert torch.equal(rest.batch.tokens, all_five.batch.tokens[[2, 3, 4, 7, 8, 9, 12, 13, 14]])
+    assert not {row.numpy().tobytes() for row in first.batch.tokens} & {
+        row.numpy().tobytes() for row in rest.batch.tokens
     }
     with pytest.raises(UserError, match="has 9 held-out samples and the search takes 9"):
         eval_batches(catalogue, samples_per_domain=3, seed=1, skip=9)
@@ -237,10 +242,109 @@ def test_skipped_eval_samples_are_those_of_the_other_caller(catalogue: Catalogue
 def test_eval_samples_do_not_depend_on_other_domains(catalogue: Catalogue) -> None:
     alone = Catalogue(catalogue.root, ("code",), {"code": catalogue.domains["code"]})
     full = eval_batches(catalogue, samples_per_domain=4, seed=1)
-    assert torch.equal(eval_batches(alone, samples_per_domain=4, seed=1).tokens, full.tokens[4:8])
+    assert torch.equal(eval_batches(alone, samples_per_domain=4, seed=1).batch.tokens, full.batch.tokens[4:8])
 
 
 def test_small_eval_split_gives_what_it_has(catalogue: Catalogue) -> None:
     found = eval_batches(catalogue, samples_per_domain=100, seed=1)
     assert found.domain_ids.bincount().tolist() == [9, 9, 9]
-    assert len({(int(row[0]), int(row[1])) for row in found.tokens}) == 27
+    assert len({(int(row[0]), int(row[1])) for row in found.batch.tokens}) == 27
+
+
+# --- documents, padding, masks ---
+
+
+def test_batch_by_hand() -> None:
+    """T = 6: documents of 2 and 4 tokens; one of 3 and padding; a chat in which two turns are learnt."""
+    rows = [
+        Sample(uint16([1, 2, 3, 4, 5, 6]), uint32([2, 6])),
+        Sample(uint16([7, 8, 9]), uint32([3])),
+        Sample(uint16([1, 2, 3, 4, 5]), uint32([5]), uint32([[0, 2], [3, 5]]).reshape(-1, 2)),
+    ]
+    plain, masked = (collate(rows, 6, mask_documents=masked) for masked in (False, True))
+    assert plain.tokens.tolist() == [[1, 2, 3, 4, 5, 6], [7, 8, 9, 0, 0, 0], [1, 2, 3, 4, 5, 0]]
+    assert plain.loss_mask.int().tolist() == [[0, 1, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0], [0, 1, 0, 1, 1, 0]]
+    assert plain.position_ids is None
+    assert masked.loss_mask.int().tolist() == [[0, 1, 0, 1, 1, 1], [0, 1, 1, 0, 0, 0], [0, 1, 0, 1, 1, 0]]
+    assert masked.position_ids is not None
+    assert masked.position_ids.tolist() == [[0, 1, 0, 1, 2, 3], [0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 0]]
+    assert plain.targets.tolist() == [5, 2, 3]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_document_masks_come_with_the_samples(make: Make, workers: int) -> None:
+    loader = make(num_workers=workers, reading=ReadOptions(mask_documents=True))
+    batch = next(loader).batch
+    half = list(range(T // 2))
+    assert batch.position_ids is not None
+    assert batch.position_ids.tolist() == [half + half] * 8
+    assert batch.loss_mask[0].tolist() == [False, *[True] * (T // 2 - 1)] * 2
+
+
+# --- joins, caps, other batch sizes ---
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_domain_joins_while_the_loader_runs(spoilt: Catalogue, workers: int) -> None:
+    loader = MixtureLoader(
+        spoilt, WEIGHTS, global_batch_size=8, rank=0, world_size=1, seed=5, num_workers=workers
+    )
+    before = take(loader, 3)
+    joined = {"web": 0.25, "code": 0.25, "maths": 0.0, "chat": 0.5}
+    with pytest.raises(UserError, match="no domain 'chat'"):
+        loader.set_weights(joined)
+    write_domain(spoilt.root, "chat", 3, 30)
+    loader.set_weights(joined)
+    after = take(loader, 4)
+    assert loader.names == ("web", "code", "maths", "chat")
+    drawn = list(chain(*before, *after))
+    assert len(set(drawn)) == len(drawn)
+    assert loader.counts()[3] == 16  # 32 samples at a half
+    resumed = MixtureLoader(
+        Catalogue.open(spoilt.root, ["chat", "web", "code"]),
+        {"chat": 1.0},
+        global_batch_size=8,
+        rank=0,
+        world_size=1,
+        seed=5,
+    )
+    resumed.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+    loader.set_weights({"chat": 1.0})
+    expected = [[sample for domain, sample in batch if domain == 3] for batch in take(loader, 1)]
+    found = [[int(row[1]) for row in next(resumed).batch.tokens if row[0] == 3]]
+    assert found == expected
+    loader.close()
+
+
+def test_going_on_without_a_domain_that_is_used_up(make: Make) -> None:
+    # maths has 16 samples, 1.6 a batch
+    loader = make(max_epochs={"maths": 1}, on_exhausted="renormalize")
+    drawn = take(loader, 20)
+    assert len({pair for batch in drawn for pair in batch if pair[0] == 2}) == 16
+    assert all(len(batch) == 8 for batch in drawn)
+    later = [domain for batch in drawn[12:] for domain, _ in batch]
+    assert later.count(0) == 40  # 64 samples at 5/8
+    assert later.count(1) == 24
+
+
+def test_another_global_batch_goes_on_without_loss_or_repeat(make: Make) -> None:
+    first = make()
+    drawn = list(chain(*take(first, 3)))
+    second = make(global_batch_size=12, world_size=3, rank=0)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    whole = make(global_batch_size=12)
+    whole.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    drawn += list(chain(*take(whole, 2)))
+    assert take(second, 2) == [drawn[24:28], drawn[36:40]]
+    for domain, name in enumerate(SIZES):
+        found = [sample for d, sample in drawn if d == domain]
+        alone = make({name: 1.0}, global_batch_size=len(found))
+        assert sorted(found) == sorted(sample for _, sample in take(alone, 1)[0])
+
+
+def test_ranks_of_one_replica_read_the_same(make: Make) -> None:
+    """Tensor- and pipeline-parallel ranks pass their replica's rank: 2 replicas of 2 ranks each."""
+    batches = [take(make(rank=rank // 2, world_size=2, num_workers=rank % 2), 4) for rank in range(4)]
+    assert batches[0] == batches[1]
+    assert batches[2] == batches[3]
+    assert not set(chain(*batches[0])) & set(chain(*batches[2]))

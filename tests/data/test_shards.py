@@ -12,7 +12,7 @@ from opmix_dist.data.mds import import_streaming
 from opmix_dist.data.samples import DType, Sample, write_index, write_shard
 from opmix_dist.data.shards import ShardedSplit
 from opmix_dist.errors import UserError
-from tests.data.shard_files import T, flip_a_byte, sample, sample_tokens, write_split
+from tests.data.shard_files import T, flip_a_byte, sample, sample_tokens, uint32, write_split
 
 pytestmark = pytest.mark.usefixtures("streaming")
 
@@ -28,10 +28,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(written: Path, tmp_path: Path) -> Path:
     """A copy to spoil."""
     return Path(shutil.copytree(written, tmp_path / "d"))
-
-
-def uint32(values: list[Any]) -> np.ndarray:
-    return np.array(values, dtype=np.uint32)
 
 
 def edit_index(folder: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
