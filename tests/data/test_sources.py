@@ -405,9 +405,10 @@ def test_a_pair_of_megatron_s_is_named_by_any_of_its_files(
     assert [Path(file.name).name for file in source.files()] == ["pair.bin", "pair.idx"]
     assert len(list(source.chunks())) > 3
     assert ids(source) == IDS * 10
-    assert not [str(warning.message) for warning in recwarn]
+    assert not [warning for warning in recwarn if "Transformer Engine" in str(warning.message)]
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_pair_is_refused(tmp_path: Path) -> None:
     write_megatron(tmp_path / "x", IDS)
     index, data = (tmp_path / "x.idx").read_bytes(), (tmp_path / "x.bin").read_bytes()
