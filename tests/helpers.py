@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -59,6 +60,35 @@ def uneven_batch(seed: int, size: int, length: int, *, mask_documents: bool = Fa
             )
         )
     return collate(samples, length, mask_documents=mask_documents)
+
+
+def documents(seed: int = 0) -> list[Tensor]:
+    """Tokens [n] of four documents, one of them a single token."""
+    return [random_tokens(seed + i, n) for i, n in enumerate((5, 9, 1, 11))]
+
+
+def pack(parts: list[Tensor], length: int, *, mask_documents: bool = True) -> TokenBatch:
+    """The documents, one behind the other in a sample of ``length`` tokens and padded: [1, T]."""
+    tokens = torch.cat(parts).numpy().astype(np.uint16)
+    ends = np.cumsum([len(part) for part in parts]).astype(np.uint32)
+    return collate([Sample(tokens, ends)], length, mask_documents=mask_documents)
+
+
+def alone_in_rows(parts: list[Tensor], length: int) -> TokenBatch:
+    """Each document in a sample of its own, padded, without masks or positions: [D, T]."""
+    return TokenBatch.cat([pack([part], length, mask_documents=False) for part in parts])
+
+
+def one_by_one(parts: list[Tensor], length: int, *, mask_documents: bool = True) -> TokenBatch:
+    """As :func:`pack`, a row [D, T] for each of D documents, whose tokens alone are its targets. A document's
+    first token is none, with or without masks: what stands before it is no part of it."""
+    batch = pack(parts, length, mask_documents=mask_documents).repeat(len(parts))
+    own = torch.zeros_like(batch.loss_mask)
+    start = 0
+    for row, part in zip(own, parts, strict=True):
+        row[start + 1 : start + len(part)] = True
+        start += len(part)
+    return dataclasses.replace(batch, loss_mask=own)
 
 
 def torchrun(ranks: int, *arguments: str, timeout_s: float = 300.0, **environment: str) -> str:

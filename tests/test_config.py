@@ -59,6 +59,13 @@ def test_overrides_are_typed_and_nested() -> None:
         ("--mixture.policy=best", "setting `mixture.policy`: .*'static' or 'opmix'.*'best'"),
         ("--model.checkpoint=x", "give exactly one of model.checkpoint and model.config"),
         ("--pool.external=true", "pool.external is a launch of its own"),
+        ("--data.max_epochs={json: 2, cpp: 0}", "data.max_epochs.cpp is 0: give more than 0 epochs"),
+        ("--data.max_epochs=-1", "data.max_epochs is -1: give more than 0 epochs"),
+        ("--data.max_epochs=often", "^setting `data.max_epochs`: .*valid number.*'often'"),
+        ("--data.root=s3://bucket/data", "data.root s3://bucket/data is remote: set data.cache"),
+        ("--data.cache_limit=much", "setting `data.cache_limit`: could not parse.*'much'"),
+        ("--data.cache_limit=0", "setting `data.cache_limit`: .*greater than 0"),
+        ("--model.attention=flash_attention_2", "^model.attention flash_.* engine.param_dtype to bfloat16"),
         ("--seed", "setting `seed` has no value"),
         ("seed=3", "`seed=3` is not a setting"),
     ],
@@ -67,6 +74,12 @@ def test_mistakes_are_named_on_one_line(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         load_config(DEMO, [override])
     assert "\n" not in str(error.value)
+
+
+def test_a_limit_of_the_cache_is_bytes_with_or_without_a_unit() -> None:
+    remote = ["--data.root=s3://bucket/data", "--data.cache=/scratch"]
+    for text, expected in (("200GB", 200 * 10**9), ("1.5 TiB", 3 * 2**39), ("4096", 4096)):
+        assert load_config(DEMO, [*remote, f"--data.cache_limit={text}"]).data.cache_limit == expected
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
@@ -81,11 +94,20 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         load_config(broken)
 
 
-def test_a_resume_may_change_only_what_leaves_the_losses_alone() -> None:
+def test_a_resume_may_change_only_what_keeps_the_order_and_the_losses() -> None:
     old = load_config(DEMO)
-    free = ["--pool.ranks=0", "--checkpoint.keep=9", "--train.micro_batch_size=4", "--run_dir=elsewhere"]
+    free = [
+        "--pool.ranks=0", "--checkpoint.keep=9", "--train.micro_batch_size=4", "--run_dir=elsewhere",
+        "--train.global_batch_size=32", "--data.root=s3://bucket", "--data.cache=/scratch",
+        "--data.cache_limit=1GB", "--data.verify_shards=always", "--data.fetch_threads=1",
+        "--data.fetch_ahead=0", "--data.fetch_timeout_s=1", "--data.max_epochs={cpp: 2}",
+        "--data.on_exhausted=renormalize",
+    ]  # fmt: skip
     assert changed_settings(old, load_config(DEMO, free)) == []
-    bound = ["--seed=1", "--optimizer.lr=1", "--search.probes.steps=9", "--train.global_batch_size=32"]
+    bound = [
+        "--seed=1", "--data.shuffle_block=9", "--data.mask_documents=true", "--optimizer.lr=1",
+        "--search.probes.steps=9",
+    ]  # fmt: skip
     assert changed_settings(old, load_config(DEMO, bound)) == [
-        "seed", "optimizer.lr", "train.global_batch_size", "search.probes.steps",
+        "seed", "data.shuffle_block", "data.mask_documents", "optimizer.lr", "search.probes.steps",
     ]  # fmt: skip

@@ -57,7 +57,14 @@ def _fresh(config: ModelConfig, vocab_size: int, token_ids: dict[str, int | None
     unknown = sorted(set(config.config) - set(type(hf)().to_dict()))
     if unknown:
         raise UserError(f"model.config.{unknown[0]} is no field of a {hf.model_type} model")
-    return AutoModelForCausalLM.from_config(hf, attn_implementation=config.attention, dtype=torch.float32)
+    try:
+        return AutoModelForCausalLM.from_config(hf, attn_implementation=config.attention, dtype=torch.float32)
+    except (ValueError, ImportError) as error:  # an attention that this model, or this machine, does not have
+        raise UserError(_attention_fault(config.attention, error)) from None
+
+
+def _attention_fault(attention: str, error: Exception) -> str:
+    return f"model.attention {attention} cannot be used: {' '.join(str(error).split())[:300]}"
 
 
 def load_hf(
@@ -77,6 +84,8 @@ def load_hf(
             local_files_only=local_only,
             use_safetensors=True,
         )
+    except ImportError as error:
+        raise UserError(_attention_fault(attention, error)) from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the model {path}: {' '.join(str(error).split())[:300]}") from None
 

@@ -19,15 +19,18 @@ from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.process import end_process
 from opmix_dist.train.checkpoint import Checkpointer
 from opmix_dist.train.state import TrainerState
-from tests.helpers import tiny_llama, uneven_batch
+from tests.helpers import alone_in_rows, documents, one_by_one, pack, tiny_llama, uneven_batch
 
 BATCH, MICRO, LENGTH, LR = 12, 2, 16, 1e-2
+PACKS = documents(seed=0), documents(seed=10)
 
 
-def build(world: World, **config: object) -> Engine:
-    kind = SingleEngine if world.size == 1 and not config.pop("sharded", False) else FSDPEngine
+def build(world: World, *, attention: str = "sdpa", **config: object) -> Engine:
+    kind = SingleEngine if world.size == 1 else FSDPEngine
+    model = tiny_llama(tied=True)
+    model.set_attn_implementation(attention)
     return kind(
-        tiny_llama(tied=True),
+        model,
         world,
         config=EngineConfig(**config),
         optimizer=OptimizerConfig(lr=LR),
@@ -90,25 +93,49 @@ def resume(world: World, out: Path, _: str) -> None:
     report(world, out / f"resumed_{world.size}.json", train(engine, state.step, 8))
 
 
+def raised(engine: Engine, batch: TokenBatch) -> str:
+    """Class of the error that a step on ``batch`` ends in."""
+    try:
+        engine.train_step(batch.split(MICRO), lr=LR)
+    except Exception as error:
+        return type(error).__name__
+    return ""
+
+
 def non_finite(world: World, out: Path, _: str) -> None:
-    """One rank meets a NaN: all ranks raise, and none has changed its parameters."""
+    """A batch without targets, then a NaN on one rank: all ranks raise, and none changes its parameters."""
     engine = build(world)
     before = engine.full_parameters()
     batch = uneven_batch(0, BATCH // world.size, LENGTH)
-    message = ""
-    try:
-        weights = engine.model.model.norm.weight
-        local = getattr(weights, "to_local", lambda: weights)()
-        if world.rank == 0:
-            local.data.view(-1)[0] = float("nan")
-        engine.train_step(batch.split(MICRO), lr=LR)
-    except Exception as error:
-        message = type(error).__name__
+    empty = dataclasses.replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))
+    errors = [raised(engine, empty)]
+    weights = engine.model.model.norm.weight
+    local = getattr(weights, "to_local", lambda: weights)()
+    if world.rank == 0:
+        local.data.view(-1)[0] = float("nan")
+    errors.append(raised(engine, batch))
     after = engine.full_parameters()
     moved = before is not None and any(
         not torch.equal(before[n], after[n]) for n in before if n != "model.norm.weight"
     )
-    (out / f"raised_{world.rank}.json").write_text(json.dumps({"error": message, "moved": moved}))
+    (out / f"raised_{world.rank}.json").write_text(json.dumps({"errors": errors, "moved": moved}))
+
+
+def packed(world: World, out: Path, attention: str) -> None:
+    """The same documents packed into two samples and padded into eight; the leader writes packed.json."""
+    together = TokenBatch.cat([pack(parts, 2 * LENGTH) for parts in PACKS])
+    alone = TokenBatch.cat([alone_in_rows(parts, 2 * LENGTH) for parts in PACKS])
+    each = TokenBatch.cat([one_by_one(parts, 2 * LENGTH) for parts in PACKS])
+    found = {}
+    for name, batch, evaluated in (("packed", together, each), ("alone", alone, alone)):
+        engine = build(world, attention=attention)
+        share = len(batch) // world.size
+        mine = batch[slice(world.rank * share, (world.rank + 1) * share)]
+        losses = engine.evaluate(evaluated, batch_size=3)
+        result = engine.train_step(mine.split(1), lr=LR)
+        total = world.sum(result.sample_losses.sum()).item()
+        found[name] = [*losses.tolist(), total, result.grad_norm]
+    report(world, out / "packed.json", found)
 
 
 def with_checkpoints(
@@ -122,16 +149,15 @@ def with_checkpoints(
     return build(world), checkpointer, state
 
 
-def report(world: World, path: Path, curve: list[list[float]]) -> None:
+def report(world: World, path: Path, found: object) -> None:
     if world.is_leader:
-        path.write_text(json.dumps(curve))
+        path.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     joined = World.join(Placement.from_environment(pool_ranks=0), device="cpu", timeout_s=60)
-    {"curve": curve, "save": save, "resume": resume, "non_finite": non_finite}[sys.argv[1]](
-        joined, Path(sys.argv[2]), sys.argv[3]
-    )
+    commands = (curve, save, resume, non_finite, packed)
+    {command.__name__: command for command in commands}[sys.argv[1]](joined, Path(sys.argv[2]), sys.argv[3])
     joined.leave()
     end_process(0)
