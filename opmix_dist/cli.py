@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from opmix_dist import __version__
 from opmix_dist.errors import UserError
 from opmix_dist.process import end_process
+
+TOKEN_DTYPES = ("uint16", "uint32", "int32", "int64")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,29 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    prepare = commands.add_parser("prepare", help="ingest text into MDS shards, one folder per domain")
-    prepare.add_argument("--out", required=True, type=Path, help="folder to write")
-    prepare.add_argument("--builtin", action="store_true", help="domains from this installation's own files")
-    prepare.add_argument(
-        "--domain",
-        action="append",
-        default=[],
-        metavar="NAME=PATH",
-        help="folder, glob or file; repeatable",
-    )
-    prepare.add_argument("--text-field", default="text", help="JSONL field or Parquet column with the text")
-    prepare.add_argument(
-        "--tokenizer", default="train", help="`train` a BPE, or an HF tokenizer by path or id"
-    )
-    prepare.add_argument("--vocab-size", type=int, default=4096, help="of a trained tokenizer")
-    prepare.add_argument("--sequence-length", type=int, default=256, help="tokens per sample")
-    prepare.add_argument("--eval-fraction", type=float, default=0.05, help="share of held-out documents")
-    prepare.add_argument("--max-eval-documents", type=int, help="bound on each domain's held-out documents")
-    prepare.add_argument("--builtin-max-bytes", type=int, help="text in each built-in domain, bytes")
-    prepare.add_argument("--seed", type=int, default=0, help="of the split and of the built-in choice")
-    prepare.add_argument("--workers", type=int, help="tokenising processes; default: all cores")
-    prepare.add_argument("--overwrite", action="store_true", help="replace domains made with other settings")
-    prepare.set_defaults(run=_prepare)
+    _add_prepare(commands)
 
     train = commands.add_parser(
         "train",
@@ -88,18 +68,89 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Options bear the names of PrepareConfig's fields, whose defaults count where none is given here."""
+    prepare = commands.add_parser(
+        "prepare",
+        help="ingest documents into MDS shards, one folder per domain",
+        description="Ingest documents into MDS shards, one folder per domain. A run that was killed is gone "
+        "on with by the same command, to the same bytes.",
+        epilog="PATH is a file, a folder, a glob in quotes, or a URL such as s3://bucket/folder/*.jsonl.zst. "
+        "Files are read by their names: .jsonl and .json lines (also .gz, .zst), .parquet, .arrow, Megatron "
+        ".idx/.bin, flat token arrays .npy/.bin, MDS folders; any other file is one document of text.",
+        argument_default=argparse.SUPPRESS,
+    )
+    prepare.add_argument("--out", required=True, type=Path, help="folder to write or to add domains to")
+
+    sources = prepare.add_argument_group("sources")
+    domain: dict[str, Any] = {"action": "append", "metavar": "NAME=PATH", "dest": "domains"}
+    sources.add_argument(
+        "--domain",
+        **domain,
+        help="a domain of texts or token ids; repeatable, also for one NAME. A document that several domains "
+        "have stays in the first",
+    )
+    sources.add_argument("--chat-domain", **domain, type=_Chat, help="the same for rows of chats")
+    sources.add_argument("--builtin", action="store_true", help="domains from this installation's own files")
+    sources.add_argument("--builtin-max-bytes", type=int, help="text in each built-in domain, bytes")
+    sources.add_argument("--text-field", help="JSON field or column with the text (default: text)")
+    sources.add_argument("--messages-field", help="the same for a chat's messages (default: messages)")
+    sources.add_argument(
+        "--token-dtype", choices=TOKEN_DTYPES, help="of token ids in files that do not say it"
+    )
+
+    tokens = prepare.add_argument_group("tokens and samples")
+    tokens.add_argument(
+        "--tokenizer", help="`train` a BPE (default), or a Hugging Face tokenizer by path or id"
+    )
+    tokens.add_argument("--vocab-size", type=int, help="of a trained tokenizer (default: 4096)")
+    tokens.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="Jinja template of chats, in place of its own"
+    )
+    tokens.add_argument("--sequence-length", type=int, help="most tokens of a sample (default: 256)")
+
+    splits = prepare.add_argument_group("held-out documents")
+    splits.add_argument("--eval-fraction", type=float, help="their share in each domain (default: 0.05)")
+    splits.add_argument("--max-eval-documents", type=int, help="bound on their number in each domain")
+    splits.add_argument("--eval-documents", type=int, help="their number in each domain, in place of a share")
+    splits.add_argument("--seed", type=int, help="of their choice, and of the built-in files' (default: 0)")
+    splits.add_argument(
+        "--decontaminate",
+        action="append",
+        metavar="FILE",
+        help="evaluation texts; documents that share words in a row with them are dropped from both splits. "
+        "A text with fewer words counts as a whole. Repeatable",
+    )
+    splits.add_argument("--decontaminate-ngram", type=int, help="how many words in a row (default: 13)")
+
+    output = prepare.add_argument_group("output and work")
+    output.add_argument("--compression", choices=("zstd", "none"), help="of the shards (default: none)")
+    output.add_argument(
+        "--shard-bytes", type=int, help="size of a shard before compression (default: 64 MiB)"
+    )
+    output.add_argument("--workers", type=int, help="tokenising processes (default: one per core)")
+    output.add_argument(
+        "--record-seconds", type=float, help="time between records to go on from after a kill (default: 30)"
+    )
+    output.add_argument("--overwrite", action="store_true", help="replace domains made with other settings")
+    prepare.set_defaults(run=_prepare)
+
+
+class _Chat(str):
+    """A domain's argument that came with ``--chat-domain``."""
+
+
 def _prepare(arguments: argparse.Namespace, rest: list[str]) -> None:
     from opmix_dist.data.ingest import PrepareConfig, prepare
+    from opmix_dist.data.sources import parse_domains
 
-    domains: dict[str, list[str]] = {}
-    for text in arguments.domain:
-        name, equals, path = text.partition("=")
-        if not equals:
-            raise UserError(f"--domain {text} must be NAME=PATH")
-        domains.setdefault(name, []).append(path)
-    names = {field.name for field in dataclasses.fields(PrepareConfig)} - {"domains"}
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    prepare(PrepareConfig(domains=domains, **given))
+    given = {name: value for name, value in vars(arguments).items() if name not in ("command", "run")}
+    texts = given.pop("domains", [])
+    chats = parse_domains(text for text in texts if isinstance(text, _Chat))
+    both = set(chats) & set(parse_domains(text for text in texts if not isinstance(text, _Chat)))
+    if both:
+        raise UserError(f"{min(both)} is named by --domain and --chat-domain: use two names")
+    prepare(PrepareConfig(domains=parse_domains(texts), chat_domains=tuple(chats), **given))
 
 
 def _train(arguments: argparse.Namespace, rest: list[str]) -> None:

@@ -2,7 +2,9 @@
 
     ROOT/tokenizer/                     save_pretrained of the one tokenizer of all domains
     ROOT/DOMAIN/domain.json             a :class:`DomainInfo`, written last
-    ROOT/DOMAIN/{train,eval}/           MDS shards, one column ``tokens`` of T token ids
+    ROOT/DOMAIN/sources.jsonl           a :class:`SourceInfo` for each file that was read
+    ROOT/DOMAIN/digests.bin             16 bytes of each document that was kept: later domains drop these
+    ROOT/DOMAIN/{train,eval}/           MDS shards of samples (``samples.py``) and their index
 
 A domain folder appears under its name only when it is complete, so whatever is found can be read.
 """
@@ -16,11 +18,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+from opmix_dist.data.samples import Compression, DType
 from opmix_dist.data.store import ShardStore
 from opmix_dist.errors import UserError
 
@@ -29,16 +32,21 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2
+Packing = Literal["concat", "best_fit"]
+"""Documents end to end, cut every T tokens; or whole conversations fitted into samples of at most T."""
 TOKENIZER = "tokenizer"
 DOMAIN_FILE = "domain.json"
+SOURCES_FILE = "sources.jsonl"
+DIGESTS_FILE = "digests.bin"
 MAX_DOMAIN_FILE_BYTES = 1 << 20
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 MAX_TOKENIZER_FILE_BYTES = 256 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 class SplitInfo(BaseModel):
-    """Size of one split; a sample is T tokens."""
+    """Size of one split; a sample has at most T tokens."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,23 +55,40 @@ class SplitInfo(BaseModel):
     documents: int = Field(ge=0)
 
 
+class SourceInfo(BaseModel):
+    """One line of ``sources.jsonl``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(description="path or URL")
+    bytes: int = Field(ge=0)
+    documents: int = Field(ge=0, description="all of the file's, dropped ones too")
+    sha256: Sha256 = Field(description="over the digests of these documents, in order")
+
+
 class DomainInfo(BaseModel):
     """Content of ``domain.json``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format_version: Literal[1]
+    format_version: Literal[2]
     name: str
-    tokenizer_fingerprint: str = Field(pattern="^[0-9a-f]{64}$")
+    tokenizer_fingerprint: Sha256
     vocab_size: int = Field(ge=1, le=1 << 32, description="largest token id of the tokenizer, plus one")
-    sequence_length: int = Field(ge=1, description="tokens per sample, T")
-    dtype: Literal["uint16", "uint32"]
+    sequence_length: int = Field(ge=1, description="most tokens of a sample, T")
+    packing: Packing = "concat"
+    dtype: DType
+    compression: Compression = "none"
     splits: dict[Split, SplitInfo]
     documents_duplicate: int = Field(ge=0, description="dropped: seen before in this or an earlier domain")
-    documents_empty: int = Field(ge=0, description="dropped: white space only")
-    tokens_dropped: int = Field(ge=0, description="tokens that did not fill a last sample, over both splits")
-    sources: list[str] = Field(description="paths and globs, as they were given")
-    content_sha256: str = Field(pattern="^[0-9a-f]{64}$", description="over the kept documents, in order")
+    documents_empty: int = Field(ge=0, description="dropped: white space only, or no token")
+    documents_contaminated: int = Field(0, ge=0, description="dropped: share words with --decontaminate")
+    documents_unlearnt: int = Field(0, ge=0, description="dropped: chats without a token that is learnt")
+    tokens_dropped: int = Field(ge=0, description="tokens cut off chats that are longer than a sample")
+    sources: list[str] = Field(description="paths, URLs and globs, as they were given")
+    sources_sha256: Sha256 | None = Field(None, description="of sources.jsonl")
+    digests_sha256: Sha256 | None = Field(None, description="of digests.bin")
+    content_sha256: Sha256 = Field(description="over both splits' indexes, which hold each shard's hash")
     seed: int = Field(ge=0, description="seed of the split in train and eval")
     settings: dict[str, JsonValue] = Field(description="all that decided the content; a rerun compares it")
 
@@ -162,9 +187,7 @@ def read_domain(root: Path, name: str) -> DomainInfo:
         raise UserError(f"{path} describes {info.name!r} with splits {sorted(info.splits)}, not {name!r}")
     for split in SPLITS:
         if info.splits[split].samples == 0:
-            raise UserError(
-                f"empty domain: {name} has no sample of {info.sequence_length} tokens in its {split} split"
-            )
+            raise UserError(f"empty domain: {name} has no sample in its {split} split")
     return info
 
 

@@ -1,403 +1,331 @@
-"""``opmix prepare``: text in, tokenised MDS shards out (the layout is described in ``catalogue.py``).
+"""``opmix prepare``: documents in, tokenised MDS shards out (the layout is described in ``catalogue.py``).
 
-1. Survey: read every source once, drop duplicates, and decide each document's split from its content.
-2. Tokenizer: train one on the train documents, or load one, unless the folder already has its own.
-3. Write: tokenise in worker processes, one domain after the other, one writer each. Documents end in EOS,
-   are joined and cut into samples of T tokens.
+1. Survey: workers digest every document once.
+2. Settle: duplicates are dropped over all domains, and each document's split is decided from its content.
+3. Tokenizer: train one on the train documents, or load one, unless the folder already has its own.
+4. Write: workers tokenise what is kept; one process packs it into samples, and workers write the shards.
 
-A domain is written beside its place and moved there when it is complete, so a run that was killed leaves
-nothing to repair: the next one keeps the finished domains and writes the others again, to the same bytes.
+One process cuts the sources into chunks and puts results together in their order, so that the bytes do not
+depend on the number of workers. What is done is noted on the way, beside the domain's place: a run that was
+killed is gone on with, to the same bytes. Memory depends neither on the corpus nor on the number of domains.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import JsonValue
 from rich.console import Console
 
-from opmix_dist.data.builtin import DEFAULT_MAX_BYTES, builtin_domains
 from opmix_dist.data.catalogue import (
-    DOMAIN_FILE,
-    FORMAT_VERSION,
     SPLITS,
     TOKENIZER,
     Catalogue,
     DomainInfo,
-    SplitInfo,
-    check_domain_name,
+    Packing,
     find_domains,
-    read_domain,
     tokenizer_fingerprint,
 )
+from opmix_dist.data.decontaminate import Grams
+from opmix_dist.data.dedupe import Digests, SurveyedDigests, drop_duplicates, published_digests
+from opmix_dist.data.encode import SOURCE_CHANGED, Encoded, Encoder
+from opmix_dist.data.plan import Job, Plan, all_settings, make_plan
+from opmix_dist.data.prepare_config import TRAIN_TOKENIZER, PrepareConfig
 from opmix_dist.data.progress import Advance, Report
-from opmix_dist.data.sources import FileSource, Source
-from opmix_dist.data.survey import Survey, survey
-from opmix_dist.data.tokenizer import (
-    MIN_VOCAB_SIZE,
-    Encoder,
-    load_tokenizer,
-    save_tokenizer,
-    train_tokenizer,
-    vocab_size,
-)
+from opmix_dist.data.source import Chunk, Place, Source, SourceFile
+from opmix_dist.data.sources import FileSource
+from opmix_dist.data.staging import Staging, exclusive, published, writing
+from opmix_dist.data.survey import Mark, Survey, Surveyed, Surveyor, document_text, hold_out, set_up_worker
+from opmix_dist.data.tokenizer import TokenizerFiles, load_tokenizer, save_tokenizer, train_tokenizer
+from opmix_dist.data.workers import Pool, Task
+from opmix_dist.data.writing import DomainWriter, Form, read_record
 from opmix_dist.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Settings = dict[str, JsonValue]
-TRAIN_TOKENIZER = "train"
-BATCH_DOCUMENTS = 64
-BATCH_CHARS = 1 << 18
-ONE_PER_FOLDER = ("tokenizer", "vocab_size", "sequence_length")
-
-
-@dataclass(frozen=True)
-class PrepareConfig:
-    """What to prepare and where to; UserError at construction names the setting that is out of range."""
-
-    out: Path
-    """Folder to make or to add domains to."""
-    domains: Mapping[str, list[str]] = field(default_factory=dict)
-    """Files, folders and globs of each domain; a document in several domains stays in the first."""
-    builtin: bool = False
-    """Prepare the built-in domains in place of ``domains``."""
-    builtin_max_bytes: int = DEFAULT_MAX_BYTES
-    """Bytes of text in each built-in domain."""
-    tokenizer: str = TRAIN_TOKENIZER
-    """``train``, or a folder or hub id of a Hugging Face tokenizer."""
-    vocab_size: int = 4096
-    """Tokens of the tokenizer to train; without effect on a loaded one."""
-    sequence_length: int = 256
-    """Tokens per sample, T."""
-    eval_fraction: float = 0.05
-    """Share of the documents that are held out."""
-    max_eval_documents: int | None = None
-    """Bound on a domain's held-out documents; None: no bound."""
-    text_field: str = "text"
-    """Field of JSON lines, or column of Parquet files, that holds the text."""
-    seed: int = 0
-    """Decides which documents are held out, and which files the built-in domains take."""
-    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
-    """Tokenising processes; the result does not depend on it."""
-    overwrite: bool = False
-    """Replace finished domains whose settings differ."""
-
-    def __post_init__(self) -> None:
-        if bool(self.domains) == self.builtin:
-            raise UserError("give either --domain NAME=PATH (at least one) or --builtin")
-        for name in self.domains:
-            check_domain_name(name)
-        if not 0.0 < self.eval_fraction < 1.0:
-            raise UserError(f"--eval-fraction {self.eval_fraction} must lie between 0 and 1")
-        if not 0 <= self.seed < 1 << 63:
-            raise UserError(f"--seed {self.seed} must not be negative, and less than 2**63")
-        for key, least in _LEAST.items():
-            value = getattr(self, key)
-            if value is not None and value < least:
-                raise UserError(f"--{key.replace('_', '-')} {value} must be at least {least}")
-
-    def sources(self) -> Mapping[str, Source]:
-        """The source of each domain, in order."""
-        if self.builtin:
-            return builtin_domains(self.builtin_max_bytes, self.seed)
-        return {name: FileSource(tuple(paths), self.text_field) for name, paths in self.domains.items()}
-
-
-_LEAST = {"builtin_max_bytes": 1, "vocab_size": MIN_VOCAB_SIZE, "sequence_length": 2, "max_eval_documents": 1,
-          "workers": 1}  # fmt: skip
+__all__ = ["PrepareConfig", "prepare"]
 
 
 def prepare(config: PrepareConfig, console: Console | None = None) -> Catalogue:
     """Write the domains of ``config`` and return their catalogue.
 
-    Finished domains with the same settings are kept, and with them the folder's tokenizer. A script calls
-    it under ``if __name__ == "__main__"``: it spawns processes, which import the script.
+    Finished domains with the same settings are kept, and with them the folder's tokenizer; unfinished ones
+    are gone on with. A script calls it under ``if __name__ == "__main__"``: it spawns processes, which import
+    the script.
 
     Args:
         config: what to prepare.
         console: where progress goes; standard error by default. Bars on a terminal only.
 
     Raises:
-        UserError: a source that cannot be read, a finished domain with other settings, a domain too small
-            for one sample, or a failed write; no half-written domain is left.
+        UserError: a source that cannot be read, a finished domain with other settings, a domain too small for
+            its splits, or a failed write; nothing half-written gets a domain's name.
     """
-    root, sources = Path(config.out), config.sources()
-    with Report(console or Console(stderr=True)) as report:
-        settings = dict(_settings(config, sources))
-        todo, kept = _plan(root, settings, config.overwrite)
-        for name in kept:
-            report.say(f"{name}: already prepared")
-        if todo:
-            surveys = _survey_all(config, sources, report)
-            tokenizer = _settle_tokenizer(config, sources, surveys, report, kept)
-            jobs = [_Job(name, sources[name], surveys[name], settings[name]) for name in todo]
-            _write_all(config, jobs, tokenizer, report)
-    return Catalogue.open(root, list(sources))
-
-
-# --- what has to be done -----------------------------------------------------------------------------------
-
-
-def _settings(config: PrepareConfig, sources: Mapping[str, Source]) -> Iterator[tuple[str, Settings]]:
-    """All that decides each domain's content, in the words of PrepareConfig; a rerun compares it."""
-    shared: Settings = {
-        "tokenizer": config.tokenizer,
-        "vocab_size": config.vocab_size if config.tokenizer == TRAIN_TOKENIZER else None,
-        "sequence_length": config.sequence_length,
-        "eval_fraction": config.eval_fraction,
-        "max_eval_documents": config.max_eval_documents,
-        "text_field": config.text_field,
-        "seed": config.seed,
-        "builtin_max_bytes": config.builtin_max_bytes if config.builtin else None,
-    }
-    earlier = ""  # a chained digest: what an earlier domain holds is dropped from the later ones
-    for name, source in sources.items():
-        files = source.fingerprint()
-        yield name, {**shared, "sources": list(source.names), "files": files, "earlier_domains": earlier}
-        earlier = hashlib.sha256(f"{earlier} {name} {files}".encode()).hexdigest()
-
-
-def _plan(root: Path, settings: Mapping[str, Settings], overwrite: bool) -> tuple[list[str], list[str]]:
-    """Names of the domains to write, and of the finished ones in ``root`` that stay."""
-    finished = find_domains(root) if root.exists() else []
-    todo: list[str] = []
-    for name, wanted in settings.items():
-        if name not in finished:
-            if (root / name).exists():
-                raise UserError(f"{root / name} is in the way and not from `opmix prepare`: move it")
-            todo.append(name)
-        elif differing := _difference(root, name, wanted, wanted):
-            if not overwrite:
-                raise UserError(
-                    f"domain {name} in {root} was prepared with another `{differing}`: pass --overwrite to "
-                    f"replace it, or another --out"
-                )
-            todo.append(name)
-    shared = next(iter(settings.values()))
-    for name in sorted(set(finished) - set(settings)):
-        if differing := _difference(root, name, shared, ONE_PER_FOLDER):
-            raise UserError(f"{root} holds domain {name} with another `{differing}`: pass another --out")
-    return todo, [name for name in finished if name not in todo]
-
-
-def _difference(root: Path, name: str, wanted: Settings, keys: Iterable[str]) -> str | None:
-    """The first of ``keys`` on which the recorded settings are not the wanted ones."""
-    recorded = read_domain(root, name).settings
-    return next((key for key in keys if recorded.get(key) != wanted[key]), None)
-
-
-# --- survey and tokenizer ----------------------------------------------------------------------------------
-
-
-def _survey_all(config: PrepareConfig, sources: Mapping[str, Source], report: Report) -> dict[str, Survey]:
-    seen: set[bytes] = set()
-    surveys = {}
-    for name, source in sources.items():
-        with report.stage(f"{name}: read") as advance:
-            surveys[name] = survey(
-                _counted(source.documents(), advance),
-                seen,
-                seed=config.seed,
-                eval_fraction=config.eval_fraction,
-                max_eval=config.max_eval_documents,
-            )
-    return surveys
-
-
-def _settle_tokenizer(
-    config: PrepareConfig,
-    sources: Mapping[str, Source],
-    surveys: Mapping[str, Survey],
-    report: Report,
-    kept: Sequence[str],
-) -> PreTrainedTokenizerFast:
-    """Train or load a tokenizer into the folder, unless domains are ``kept`` that were made with its own."""
-    if kept:
-        return Catalogue.open(config.out, kept).load_tokenizer()
-    if config.tokenizer == TRAIN_TOKENIZER:
-        texts = (text for name, source in sources.items() for text in surveys[name].train(source.documents()))
-        with report.stage("tokenizer: train") as advance:
-            tokenizer = train_tokenizer(_counted(texts, advance), config.vocab_size)
-    else:
-        tokenizer = load_tokenizer(config.tokenizer)
-    with published(Path(config.out) / TOKENIZER) as temporary:
-        save_tokenizer(tokenizer, temporary)
-    return tokenizer
-
-
-def _counted(documents: Iterable[str], advance: Advance) -> Iterator[str]:
-    for text in documents:
-        advance(1, 0)
-        yield text
-
-
-# --- writing -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Format:
-    """What all domains of a folder share."""
-
-    tokenizer_fingerprint: str
-    vocab_size: int
-    sequence_length: int
-    seed: int
-
-    @property
-    def dtype(self) -> Literal["uint16", "uint32"]:
-        """The smallest that holds the vocabulary."""
-        return "uint16" if self.vocab_size <= 1 << 16 else "uint32"
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A domain to write."""
-
-    name: str
-    source: Source
-    survey: Survey
-    settings: Settings
-
-
-def _write_all(
-    config: PrepareConfig, jobs: Sequence[_Job], tokenizer: PreTrainedTokenizerFast, report: Report
-) -> None:
     root = Path(config.out)
-    form = _Format(
-        tokenizer_fingerprint(root / TOKENIZER), vocab_size(tokenizer), config.sequence_length, config.seed
-    )
-    with Encoder(root / TOKENIZER, tokenizer.eos_token_id, form.dtype, config.workers) as encoder:
-        for job in jobs:
-            with report.stage(f"{job.name}: write", job.survey.documents) as advance:
-                info = _write_domain(root, job, form, encoder, advance)
-            samples = ", ".join(f"{info.splits[split].samples:,} {split} samples" for split in SPLITS)
-            report.say(f"{job.name}: {samples}; {info.documents_duplicate:,} duplicate documents dropped")
+    with exclusive(root), Report(console or Console(stderr=True)) as report:
+        grams = _read_grams(config, report)
+        template = _read_template(config)
+        files = {name: list(source.files()) for name, source in config.sources(None).items()}
+        settings = dict(all_settings(config, files, grams.fingerprint() if grams else None, template))
+        plan = make_plan(root, settings, overwrite=config.overwrite)
+        for name in plan.kept:
+            report.say(f"{name}: already prepared")
+        jobs = _open_jobs(config, plan, files)
+        if jobs:
+            with Pool(config.workers, set_up_worker, grams) as pool:
+                _Ingest(config, jobs, template, pool, report).run()
+    return Catalogue.open(root, list(settings))
 
 
-def _write_domain(root: Path, job: _Job, form: _Format, encoder: Encoder, advance: Advance) -> DomainInfo:
-    with published(root / job.name) as temporary:
-        writers = {split: _SplitWriter(temporary / split, form) for split in SPLITS}
-        splits = job.survey.splits()
-        for batch in encoder.encode(_batches(job.survey.kept(job.source.documents()))):
-            for tokens, split in zip(batch, splits, strict=False):  # `splits` goes on in the next batch
-                writers[split].add(tokens)
-            advance(len(batch), sum(map(len, batch)))
-        info = DomainInfo(
-            format_version=FORMAT_VERSION,
-            name=job.name,
-            tokenizer_fingerprint=form.tokenizer_fingerprint,
-            vocab_size=form.vocab_size,
-            sequence_length=form.sequence_length,
-            dtype=form.dtype,
-            splits={split: writer.finish(job.name) for split, writer in writers.items()},
-            documents_duplicate=job.survey.duplicates,
-            documents_empty=job.survey.empty,
-            tokens_dropped=sum(writer.held for writer in writers.values()),
-            sources=list(job.source.names),
-            content_sha256=job.survey.content_sha256,
-            seed=form.seed,
-            settings=job.settings,
-        )
-        (temporary / DOMAIN_FILE).write_text(info.model_dump_json(indent=1))
-    return info
+def _read_grams(config: PrepareConfig, report: Report) -> Grams | None:
+    """Of the texts that no document may share words with; None when there are none."""
+    if not config.decontaminate:
+        return None
+    source = FileSource(tuple(config.decontaminate), text_field=config.text_field)
+    with report.stage("decontaminate: read") as advance:
+        texts: list[str] = []
+        for _, chunk in source.chunks():
+            more = [document_text(document, None) for _, document in chunk.documents()]
+            texts += more
+            advance(len(more), 0)
+        return Grams.of(texts, config.decontaminate_ngram)
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    chars = 0
-    for text in documents:
-        batch.append(text)
-        chars += len(text)
-        if len(batch) == BATCH_DOCUMENTS or chars >= BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
-
-
-class _SplitWriter:
-    """Joins token arrays and writes every T of them as a sample; ``held`` tokens do not fill one yet."""
-
-    def __init__(self, folder: Path, form: _Format) -> None:
-        from opmix_dist.data.mds import import_streaming
-
-        self._split = folder.name
-        self._length = form.sequence_length
-        encoding = f"ndarray:{form.dtype}:{form.sequence_length}"
-        self._writer = import_streaming().MDSWriter(columns={"tokens": encoding}, out=str(folder))
-        self._parts: list[np.ndarray] = []
-        self._documents = self._samples = self.held = 0
-
-    def add(self, tokens: np.ndarray) -> None:
-        """Append one document's tokens [n]."""
-        self._documents += 1
-        self._parts.append(tokens)
-        self.held += len(tokens)
-        if self.held < self._length:
-            return
-        joined = np.concatenate(self._parts)
-        rows, self.held = divmod(len(joined), self._length)
-        self._parts = [joined[rows * self._length :]]
-        self._samples += rows
-        for row in joined[: rows * self._length].reshape(rows, self._length):
-            self._writer.write({"tokens": row})
-
-    def finish(self, domain: str) -> SplitInfo:
-        """Write the last shard and the index; UserError when there is no sample."""
-        if not self._samples:
-            raise UserError(
-                f"empty domain: {domain} has {self._documents} {self._split} documents of {self.held} tokens "
-                f"in all, less than one sample of {self._length}: add documents or change --eval-fraction"
-            )
-        self._writer.finish()
-        tokens = self._samples * self._length
-        return SplitInfo(samples=self._samples, tokens=tokens, documents=self._documents)
-
-
-@contextmanager
-def published(folder: Path) -> Iterator[Path]:
-    """Yield a temporary sibling that takes the place of ``folder`` at the end, or vanishes on an error.
-
-    Raises:
-        UserError: the files cannot be written, for example because the disk is full.
-    """
-    temporary, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
+def _read_template(config: PrepareConfig) -> str | None:
+    if config.chat_template is None:
+        return None
     try:
-        for left_by_a_kill in (temporary, old):
-            if left_by_a_kill.exists():
-                shutil.rmtree(left_by_a_kill)
-        temporary.mkdir(parents=True)
-        yield temporary
-        _sync(temporary)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(temporary, folder)
-        _sync(folder.parent)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(
-                f"cannot write {folder}: {error.strerror or error}; mend that and run again"
-            ) from error
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        return config.chat_template.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--chat-template {config.chat_template} cannot be read: {error}") from None
 
 
-def _sync(folder: Path) -> None:
-    """fsync the folder's files and the folders themselves, so that a rename never outruns the content."""
-    for path in (*folder.rglob("*"), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _open_jobs(config: PrepareConfig, plan: Plan, files: Mapping[str, Sequence[SourceFile]]) -> list[Job]:
+    """The domains that are still to be made; those of which only the last move was missing are moved."""
+    jobs = []
+    for name in plan.todo:
+        staging = Staging(Path(config.out) / name, plan.settings[name])
+        if staging.complete:
+            staging.publish()
+        else:
+            survey = Survey(staging.work / "survey")
+            jobs.append(
+                Job(name, name in config.chat_domains, plan.settings[name], files[name], staging, survey)
+            )
+    return jobs
+
+
+class _Ingest:
+    """The stages, one after the other, over the domains that are to be made."""
+
+    def __init__(
+        self, config: PrepareConfig, jobs: Sequence[Job], template: str | None, pool: Pool, report: Report
+    ) -> None:
+        self._config, self._jobs, self._template = config, jobs, template
+        self._pool, self._report = pool, report
+        self._root = Path(config.out)
+
+    def run(self) -> None:
+        tokenizer = self._known_tokenizer()
+        self._sources = self._open_sources(tokenizer)
+        self._survey(tokenizer)
+        self._settle()
+        self._write(tokenizer or self._save(self._train_tokenizer()))
+
+    # --- the tokenizer
+
+    def _known_tokenizer(self) -> TokenizerFiles | None:
+        """The folder's own when domains were made or begun with it, else the one to load; None: train one."""
+        folder, names = self._root / TOKENIZER, {job.name for job in self._jobs}
+        finished = [name for name in find_domains(self._root) if name not in names]
+        if finished:
+            tokenizer = Catalogue.open(self._root, finished).load_tokenizer()
+        elif self._begun_with(folder):
+            tokenizer = load_tokenizer(str(folder))
+        elif self._config.tokenizer != TRAIN_TOKENIZER:
+            return self._save(load_tokenizer(self._config.tokenizer))
+        else:
+            return None
+        if self._template is not None and tokenizer.chat_template != self._template:
+            return self._save(tokenizer)
+        return TokenizerFiles.of(folder, tokenizer)
+
+    def _begun_with(self, folder: Path) -> bool:
+        records = [record for job in self._jobs if (record := read_record(job.staging)) is not None]
+        if not records or not folder.exists():
+            return False
+        return tokenizer_fingerprint(folder) in {record.state["tokenizer"] for record in records}
+
+    def _train_tokenizer(self) -> PreTrainedTokenizerFast:
+        with self._report.stage("tokenizer: train") as advance:
+            return train_tokenizer(self._train_texts(advance), self._config.vocab_size)
+
+    def _train_texts(self, advance: Advance) -> Iterator[str]:
+        for job in self._jobs:
+            for marks, chunk in self._known_chunks(job, 0):
+                documents = (document for _, document in chunk.documents())
+                for document, mark in zip(documents, marks.tolist(), strict=False):
+                    if mark == Mark.TRAIN:
+                        advance(1, 0)
+                        yield document_text(document, None)
+
+    def _save(self, tokenizer: PreTrainedTokenizerFast) -> TokenizerFiles:
+        """Into the folder, with the chat template that was given."""
+        if self._template is not None:
+            tokenizer.chat_template = self._template
+        with published(self._root / TOKENIZER) as temporary:
+            save_tokenizer(tokenizer, temporary)
+        return TokenizerFiles.of(self._root / TOKENIZER, tokenizer)
+
+    # --- the sources
+
+    def _open_sources(self, tokenizer: TokenizerFiles | None) -> Mapping[str, Source]:
+        """With the EOS of documents of token ids, when the tokenizer may be the one that made them."""
+        given = tokenizer is not None and self._config.tokenizer != TRAIN_TOKENIZER
+        sources = self._config.sources(tokenizer.eos_id if tokenizer and given else None)
+        for job in self._jobs:
+            if list(sources[job.name].files()) != list(job.files):
+                raise UserError(SOURCE_CHANGED)
+        return sources
+
+    def _known_chunks(self, job: Job, done: int) -> Iterator[tuple[np.ndarray, Chunk]]:
+        """The chunks of a survey after the first ``done``, each with its documents' marks, uint8 [n].
+
+        Raises:
+            UserError: the source is not cut as it was when it was surveyed.
+        """
+        known, marks = job.survey.column("chunks"), job.survey.column("marks")
+        if done == len(known):
+            return
+        at = int(known[:done, 2].sum())
+        chunks = self._sources[job.name].chunks(Place(*known[done, :2].tolist()))
+        for row, found in zip_longest(known[done:].tolist(), chunks):
+            if row is None or found is None or found[0] != tuple(row[:2]):
+                raise UserError(SOURCE_CHANGED)
+            yield np.array(marks[at : at + row[2]]), found[1]
+            at += row[2]
+
+    # --- survey
+
+    def _survey(self, tokenizer: TokenizerFiles | None) -> None:
+        jobs = [job for job in self._jobs if not job.survey.complete]
+        surveyor = Surveyor(self._config.seed, tokenizer)
+        groups = [self._survey_tasks(job, surveyor) for job in jobs]
+        for job, results in zip(jobs, self._pool.stream(groups), strict=True):
+            self._say_if_begun(job, job.survey.documents)
+            with (
+                self._report.stage(f"{job.name}: read") as advance,
+                job.naming_files(),
+                writing(job.staging.target),
+            ):
+                saved = time.monotonic()
+                for place, found in results:
+                    job.survey.append(place, found)
+                    advance(len(found.ranks), 0)
+                    if time.monotonic() - saved >= self._config.record_seconds:
+                        job.survey.save()
+                        saved = time.monotonic()
+                job.survey.save(complete=True)
+
+    def _survey_tasks(self, job: Job, surveyor: Surveyor) -> Iterator[Task[Place, Surveyed]]:
+        start, known = job.survey.next_place
+        chunks = self._sources[job.name].chunks(start)
+        return (Task(place, surveyor, (chunk,)) for place, chunk in islice(chunks, known, None))
+
+    def _say_if_begun(self, job: Job, documents: int) -> None:
+        if documents:
+            self._report.say(f"{job.name}: goes on after {documents:,} documents")
+
+    # --- settle
+
+    def _settle(self) -> None:
+        """Make the surveys' marks final."""
+        unsettled = [job for job in self._jobs if not job.survey.settled]
+        if not unsettled:
+            return
+        with self._report.stage("drop duplicates") as advance, writing(self._root):
+            drop_duplicates(list(self._digests()), self._root / ".digests.tmp")
+            advance(sum(job.survey.documents for job in unsettled), 0)
+            for job in unsettled:
+                hold_out(job.survey, self._config.holdout.rank_below(job.survey, job.name))
+                _require_documents(job)
+                job.survey.save(settled=True)
+
+    def _digests(self) -> Iterator[Digests]:
+        """Of all domains of the command, in its order."""
+        jobs = {job.name: job for job in self._jobs}
+        for name in self._sources:
+            yield SurveyedDigests(jobs[name].survey) if name in jobs else published_digests(self._root, name)
+
+    # --- write
+
+    def _write(self, tokenizer: TokenizerFiles) -> None:
+        groups = [self._write_tasks(job, tokenizer) for job in self._jobs]
+        closing: deque[tuple[Job, DomainWriter]] = deque()  # their last shards are being written
+        for job, results in zip(self._jobs, self._pool.stream(groups), strict=True):
+            writer = self._writer(job, tokenizer)
+            self._write_one(job, writer, results)
+            closing.append((job, writer))
+            while closing and closing[0][1].closed:
+                self._publish(*closing.popleft())
+        for left in closing:
+            self._publish(*left)
+
+    def _write_tasks(self, job: Job, tokenizer: TokenizerFiles) -> Iterator[Task[int, Encoded]]:
+        encoder = Encoder(tokenizer, self._config.sequence_length, job.chat)
+        for marks, chunk in self._known_chunks(job, self._writer(job, tokenizer).chunks):
+            yield Task(int((marks <= Mark.EVAL).sum()), encoder, (chunk, marks))
+
+    def _writer(self, job: Job, tokenizer: TokenizerFiles) -> DomainWriter:
+        """The job's, opened when the second pass comes to it."""
+        if job.writer is None:
+            config = self._config
+            packing: Packing = "best_fit" if job.chat else "concat"
+            form = Form(tokenizer, config.sequence_length, packing, config.compression, config.shard_bytes)
+            job.writer = DomainWriter(
+                job.name, job.staging, job.survey, form, self._pool, config.record_seconds
+            )
+        return job.writer
+
+    def _write_one(self, job: Job, writer: DomainWriter, results: Iterator[tuple[int, Encoded]]) -> None:
+        self._say_if_begun(job, writer.documents)
+        total = job.survey.count(Mark.TRAIN) + job.survey.count(Mark.EVAL) - writer.documents
+        with self._report.stage(f"{job.name}: write", total) as advance:
+            with job.naming_files(), writing(job.staging.target):
+                for documents, encoded in results:
+                    writer.add(encoded)
+                    advance(documents, encoded.tokens)
+                writer.close()
+
+    def _publish(self, job: Job, writer: DomainWriter) -> None:
+        sources = self._sources[job.name].names
+        info = writer.publish(job.settings, self._config.seed, sources, job.files)
+        job.writer = None  # and what it holds
+        self._report.say(f"{job.name}: {_summary(info)}")
+
+
+def _require_documents(job: Job) -> None:
+    train, held_out = (job.survey.count(mark) for mark in (Mark.TRAIN, Mark.EVAL))
+    if not train or not held_out:
+        raise UserError(
+            f"empty domain: {job.name} has {train:,} documents to train on and {held_out:,} held out: add "
+            f"documents, or change --eval-fraction or --eval-documents"
+        )
+
+
+def _summary(info: DomainInfo) -> str:
+    samples = ", ".join(f"{info.splits[split].samples:,} {split} samples" for split in SPLITS)
+    dropped = {
+        "duplicate documents dropped": info.documents_duplicate,
+        "documents with words of the evaluation texts dropped": info.documents_contaminated,
+        "conversations without learnt tokens dropped": info.documents_unlearnt,
+        "tokens cut off long conversations": info.tokens_dropped,
+    }
+    always = "duplicate documents dropped"
+    return "; ".join([samples, *(f"{n:,} {what}" for what, n in dropped.items() if n or what == always)])

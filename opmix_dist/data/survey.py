@@ -83,17 +83,9 @@ class Surveyor:
             check_ids(document, file, self.tokenizer.vocab_size)
         if digest in _EMPTY_DIGESTS:
             return Mark.EMPTY
-        if _worker_grams is not None and _worker_grams.met_in(self._text(document)):
+        if _worker_grams is not None and _worker_grams.met_in(document_text(document, self.tokenizer)):
             return Mark.CONTAMINATED
         return Mark.TRAIN
-
-    def _text(self, document: Document) -> str:
-        if isinstance(document, np.ndarray):
-            assert self.tokenizer is not None  # a source of token ids needs its EOS
-            return self.tokenizer.decode(document)
-        if isinstance(document, Conversation):
-            return "\n".join(str(message.get("content") or "") for message in document.messages)
-        return document
 
 
 _worker_grams: Grams | None = None
@@ -103,6 +95,16 @@ def set_up_worker(grams: Grams | None) -> None:
     """Give this process the grams whose documents are dropped."""
     global _worker_grams
     _worker_grams = grams
+
+
+def document_text(document: Document, tokenizer: TokenizerFiles | None) -> str:
+    """Its words; ``tokenizer`` is needed for token ids, whose source is not read without one."""
+    if isinstance(document, np.ndarray):
+        assert tokenizer is not None
+        return tokenizer.decode(document)
+    if isinstance(document, Conversation):
+        return "\n".join(str(message.get("content") or "") for message in document.messages)
+    return document
 
 
 def document_digest(document: Document) -> bytes:
@@ -273,13 +275,13 @@ class Holdout:
 
 
 def _lowest_ranks(survey: Survey, count: int) -> np.ndarray:
-    """The ``count`` lowest ranks of documents that are kept, or all if fewer; the last is the highest."""
+    """The ``count`` lowest ranks of documents that are kept, or all if fewer; sorted."""
     lowest = np.empty(0, np.float64)
     for ranks, marks in survey.blocks("ranks", "marks"):
         lowest = np.concatenate([lowest, ranks[marks <= Mark.EVAL]])
         if len(lowest) > count:
             lowest = np.partition(lowest, count - 1)[:count]
-    return np.append(np.sort(lowest)[:-1], lowest.max()) if len(lowest) else lowest
+    return np.sort(lowest)
 
 
 def hold_out(survey: Survey, below: float) -> None:

@@ -1,28 +1,26 @@
-"""The tokenizer of a data folder: trained here or loaded, and run over documents by worker processes."""
+"""The tokenizer of a data folder: trained here or loaded, and how worker processes come by it."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from opmix_dist.data.catalogue import tokenizer_fingerprint
+from opmix_dist.data.samples import DType
+from opmix_dist.data.workers import FileFault
 from opmix_dist.errors import UserError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte and END_OF_TEXT
-TASKS_PER_WORKER = 4  # batches in flight: keeps workers busy and bounds memory
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -88,74 +86,61 @@ def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-class Encoder:
-    """Worker processes that tokenise batches of documents; results come back in order.
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """A saved tokenizer, as it is named to worker processes, which load it once each."""
 
-    Workers are spawned, as a fork of a process that has run threads may hang. Use it as a context manager.
-    """
+    folder: str
+    fingerprint: str
+    eos_id: int
+    vocab_size: int
 
-    def __init__(self, tokenizer_dir: Path, eos_id: int, dtype: str, workers: int) -> None:
-        self._limit = TASKS_PER_WORKER * workers
-        self._pool = ProcessPoolExecutor(
-            workers,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_start_worker,
-            initargs=(str(tokenizer_dir / "tokenizer.json"), eos_id, dtype),
-        )
+    @classmethod
+    def of(cls, folder: Path, tokenizer: PreTrainedTokenizerFast) -> TokenizerFiles:
+        """``tokenizer`` was saved in ``folder``."""
+        eos_id = tokenizer.eos_token_id
+        assert isinstance(eos_id, int)  # `load_tokenizer` refuses one without
+        return cls(str(folder), tokenizer_fingerprint(folder), eos_id, vocab_size(tokenizer))
 
-    def encode(self, batches: Iterable[Sequence[str]]) -> Iterator[list[np.ndarray]]:
-        """Token ids of each batch's documents, each document [length + 1] with EOS at its end.
+    @property
+    def dtype(self) -> DType:
+        """The smallest that holds the vocabulary."""
+        return "uint16" if self.vocab_size <= 1 << 16 else "uint32"
 
-        At most ``TASKS_PER_WORKER`` batches per worker are read ahead.
+    def backend(self) -> Tokenizer:
+        """What encodes text, without transformers, whose import takes seconds."""
+        return _load_backend(self)
 
-        Raises:
-            UserError: a worker process died, most often for want of memory.
-        """
-        pending: deque[Future[list[np.ndarray]]] = deque()
-        try:
-            for batch in batches:
-                pending.append(self._pool.submit(_encode, batch))
-                if len(pending) >= self._limit:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool:
-            raise UserError(
-                "a tokeniser process was killed: give it more memory or fewer --workers"
-            ) from None
+    def full(self) -> PreTrainedTokenizerFast:
+        """With its chat template."""
+        return _load_full(self)
 
-    def __enter__(self) -> Encoder:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pool.shutdown(cancel_futures=True)
+    def decode(self, ids: np.ndarray) -> str:
+        return self.backend().decode(ids.tolist(), skip_special_tokens=False)
 
 
-_worker: dict[str, Any] = {}
-
-
-def _start_worker(tokenizer_file: str, eos_id: int, dtype: str) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread each: the processes are the parallelism
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+@functools.cache
+def _load_backend(files: TokenizerFiles) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(tokenizer_file)
+    tokenizer = Tokenizer.from_file(str(Path(files.folder) / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # a document that writes <|endoftext|> does not end there
-    _worker.update(tokenizer=tokenizer, eos=np.array([eos_id], dtype=dtype), dtype=dtype)
+    return tokenizer
 
 
-def _exit_with_parent() -> None:
-    """A pool's idle worker never learns that its parent was killed, so it would stay for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+@functools.cache
+def _load_full(files: TokenizerFiles) -> PreTrainedTokenizerFast:
+    return load_tokenizer(files.folder)
 
 
-def _encode(texts: Sequence[str]) -> list[np.ndarray]:
-    encodings = _worker["tokenizer"].encode_batch_fast(texts, add_special_tokens=False)
-    return [np.append(np.array(one.ids, dtype=_worker["dtype"]), _worker["eos"]) for one in encodings]
+def check_ids(ids: np.ndarray, file: int, vocab_size: int) -> None:
+    """Raises FileFault when token ids that came from a file are none of the tokenizer's."""
+    if len(ids) and (ids.max() >= vocab_size or ids.min() < 0):
+        wrong = int(ids.max()) if ids.max() >= vocab_size else int(ids.min())
+        raise FileFault(
+            file,
+            f"holds the token id {wrong}, but the tokenizer has ids below {vocab_size}: pass the "
+            f"--tokenizer that made the file, and its --token-dtype",
+        )

@@ -5,6 +5,7 @@ Workers are spawned, as a fork of a process that has run threads may hang.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import threading
@@ -12,14 +13,25 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from opmix_dist.errors import UserError
 
 TASKS_PER_WORKER = 3  # chunks in flight: keeps workers busy and bounds memory
 
+K = TypeVar("K")
 R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Task(Generic[K, R]):
+    """A call for a worker, and what the caller knows it by."""
+
+    key: K
+    function: Callable[..., R]
+    arguments: tuple[Any, ...]
 
 
 class FileFault(Exception):
@@ -62,36 +74,29 @@ class Pool:
         except BrokenProcessPool:
             raise _killed() from None
 
-    def stream(
-        self, function: Callable[..., R], groups: Sequence[Iterable[tuple[Any, ...]]]
-    ) -> Iterator[Iterator[R]]:
-        """For each group in order, the results for its arguments in order.
+    def stream(self, groups: Sequence[Iterable[Task[K, R]]]) -> Iterator[Iterator[tuple[K, R]]]:
+        """For each group in order, the keys and results of its tasks in order.
 
         At most ``TASKS_PER_WORKER`` tasks per worker are read ahead, across the groups' borders, so that
         many small groups keep all workers busy. Each group is to be used up before the next is taken.
         """
-        pending: deque[Future[R] | None] = deque()  # None: a group ends here
-        feed = self._feed(function, groups)
+        pending: deque[tuple[K, Future[R]] | None] = deque()  # None: a group ends here
+        feed = self._feed(groups)
 
-        def results() -> Iterator[R]:
+        def results() -> Iterator[tuple[K, R]]:
             while True:
-                while (
-                    len(pending) < TASKS_PER_WORKER * self.workers and (more := next(feed, _END)) is not _END
-                ):
-                    pending.append(more)
-                future = pending.popleft()
-                if future is None:
+                pending.extend(itertools.islice(feed, TASKS_PER_WORKER * self.workers - len(pending)))
+                if (started := pending.popleft()) is None:
                     return
-                yield self.result(future)
+                key, future = started
+                yield key, self.result(future)
 
         return (results() for _ in groups)
 
-    def _feed(
-        self, function: Callable[..., R], groups: Sequence[Iterable[tuple[Any, ...]]]
-    ) -> Iterator[Future[R] | None]:
+    def _feed(self, groups: Sequence[Iterable[Task[K, R]]]) -> Iterator[tuple[K, Future[R]] | None]:
         for group in groups:
-            for arguments in group:
-                yield self.submit(function, *arguments)
+            for task in group:
+                yield task.key, self.submit(task.function, *task.arguments)
             yield None
 
     def __enter__(self) -> Pool:
@@ -101,9 +106,6 @@ class Pool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._executor.shutdown(cancel_futures=True)
-
-
-_END: Any = object()
 
 
 def _killed() -> UserError:
