@@ -5,8 +5,8 @@ Two independent decisions per global batch:
 - how many samples of each domain: :func:`allocate`, earliest deadline first;
 - which ones: per domain a cursor into its endless order, see :mod:`opmix_dist.data.order`.
 
-D domains, B samples in a global batch. Only IEEE-exact operations touch the allocation (no ``np.sum``, whose
-order of additions depends on the processor, see :func:`_sum`), so ranks on different machines agree to the last bit.
+D domains, B samples in a global batch. Only IEEE-exact operations touch the allocation, in an order that the
+processor has no part in (see :func:`_sum`), so ranks on different machines agree to the last bit.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def allocate(lag: np.ndarray, weights: np.ndarray, batch_size: int) -> tuple[np.
         Samples per domain, int64 [D], summing to B; and target less drawn after them, [D], in (-1, 1) unless
         units were deferred, then in (-1, 2).
     """
-    # rounding makes the lags' sum 1e-13 or so, which would build up over a long run: the target takes it back
+    # a sum of 1e-16, not exactly 0, would build up over a long run: the batch's target takes it back
     owed = lag + (batch_size - _sum(lag)) * weights
     counts = np.maximum(0, np.floor(owed + TOLERANCE)).astype(np.int64)
     fraction = owed - counts
@@ -106,8 +106,8 @@ def settle(lag: np.ndarray) -> np.ndarray:
 
 
 def _sum(values: np.ndarray) -> float:
-    """The sum of one value after the other, which is the same on every machine."""
-    return float(np.cumsum(values)[-1])
+    """The exact sum, rounded once: the same on every machine. A list takes two thirds of an array's time."""
+    return math.fsum(values.tolist())
 
 
 class MixtureSampler:
