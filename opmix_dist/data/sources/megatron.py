@@ -50,11 +50,9 @@ class Megatron:
 
 
 def _open(prefix: str) -> Any:
-    class Dataset(_import_indexed_dataset().IndexedDataset):
-        def __del__(self) -> None:
-            """The base's complains where its constructor has failed, and drops what is dropped anyway."""
-
-    return Dataset(prefix)
+    """An IndexedDataset, less its ``__del__``: that complains when the constructor has failed."""
+    base = _import_indexed_dataset().IndexedDataset
+    return type(base.__name__, (base,), {"__del__": lambda dataset: None})(prefix)
 
 
 def _document_groups(dataset: Any) -> Iterator[np.ndarray]:
