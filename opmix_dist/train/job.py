@@ -89,10 +89,6 @@ def check_config_against(config: RunConfig, catalogue: Catalogue, placement: Pla
         raise UserError(
             f"a domain cannot be named `{OLD}`: it is the component of what was trained on so far"
         )
-    if isinstance(config.data.max_epochs, dict):
-        for name in config.data.max_epochs:
-            if name not in catalogue.names:
-                raise UserError(f"data.max_epochs names `{name}`, which is no domain of {catalogue.root}")
     for name in config.search.proposal.omega or {}:
         if name not in catalogue.names:
             raise UserError(f"search.proposal.omega names `{name}`, which is no domain of {catalogue.root}")

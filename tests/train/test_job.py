@@ -21,7 +21,7 @@ from opmix_dist.data.loader import eval_batches
 from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.exchange.schemas import SearchStage
-from opmix_dist.models.loss import mean_losses_per_sample
+from opmix_dist.models.loss import losses_by_domain, sample_loss_sums
 from tests.conftest import DOMAINS
 from tests.helpers import ROOT
 from tests.train.jobs import BATCH, LENGTH, SEARCH_STEP, STEPS, Job, complete, tiny_config
@@ -94,12 +94,13 @@ def test_probes_load_with_peft_and_changed_the_model(finished: RunDir, tiny_data
     request = finished.search("0001").request()
     heldout = eval_batches(Catalogue.open(tiny_data, DOMAINS), samples_per_domain=4, seed=0)
     snapshot = finished.path / request.snapshot
-    base = mean_losses_per_sample(AutoModelForCausalLM.from_pretrained(snapshot).eval(), heldout.tokens, 4)
+    base = sample_loss_sums(AutoModelForCausalLM.from_pretrained(snapshot).eval(), heldout.batch, 4)
     for name in request.components:
         probe = finished.search("0001").probe(name)
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(snapshot), str(probe)).eval()
-        adapted = mean_losses_per_sample(model, heldout.tokens, 4)
-        assert 1e-3 < (adapted - base).abs().max() < 1.0
+        adapted = sample_loss_sums(model, heldout.batch, 4)
+        moved = ((adapted - base) / heldout.batch.targets).abs().max()
+        assert 1e-3 < moved < 1.0
         assert len(files.read_jsonl(finished.search("0001").curve(name))) == 24
 
 
@@ -109,10 +110,11 @@ def test_export_loads_with_transformers_and_scores_the_reported_loss(
     model = AutoModelForCausalLM.from_pretrained(finished.export).eval()
     catalogue = Catalogue.open(tiny_data, DOMAINS)
     heldout = eval_batches(catalogue, samples_per_domain=4, seed=0, skip=4)
-    losses = mean_losses_per_sample(model, heldout.tokens, 4)
-    for index, name in enumerate(DOMAINS):
-        expected = finished.summary().final_loss[name]
-        assert losses[heldout.domain_ids == index].mean().item() == pytest.approx(expected, rel=1e-5)
+    sums = sample_loss_sums(model, heldout.batch, 4)
+    found = losses_by_domain(sums.numpy(), heldout.batch.targets.numpy(), heldout.domain_ids.numpy(), 3)
+    summary = finished.summary()
+    assert found.loss.tolist() == pytest.approx([summary.final_loss[name] for name in DOMAINS], rel=1e-5)
+    assert found.stderr.tolist() == pytest.approx([summary.final_stderr[name] for name in DOMAINS], rel=1e-3)
     text = "import os\n"
     tokenizer = AutoTokenizer.from_pretrained(finished.export)
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
