@@ -14,6 +14,7 @@ D domains, S shards that are not empty, P pairs of a domain and an epoch with S'
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -83,8 +84,8 @@ class DomainOrders:
 
     def copy(self) -> DomainOrders:
         """Orders that go their own way from here."""
-        other = object.__new__(DomainOrders)
-        other.__dict__.update(self.__dict__, _epochs=self._epochs.copy(), _held=self._held.copy())
+        other = copy.copy(self)
+        other._epochs, other._held = self._epochs.copy(), self._held.copy()
         return other
 
     def _begin(self, domains: np.ndarray, epochs: np.ndarray, offsets: np.ndarray) -> np.ndarray:

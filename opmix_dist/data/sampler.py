@@ -2,38 +2,31 @@
 
 Two independent decisions per global batch:
 
-- how many samples of each domain: :func:`allocate`, earliest deadline first;
+- how many samples of each domain: :mod:`opmix_dist.data.allocation`, within :mod:`opmix_dist.data.caps`;
 - which ones: per domain a cursor into its endless order, see :mod:`opmix_dist.data.order`.
 
-D domains, B samples in a global batch. Only IEEE-exact operations touch the allocation, in an order that the
-processor has no part in (see :func:`_sum`), so ranks on different machines agree to the last bit.
+D domains, B samples in a global batch.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
-import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from opmix_dist.data.allocation import allocate, exact_sum, settle
+from opmix_dist.data.caps import EpochCaps, OnExhausted, require_known
 from opmix_dist.data.order import DomainOrders, ShardSizes
 from opmix_dist.data.sampler_state import ROW, name_hashes, read_state, write_state
 from opmix_dist.errors import UserError
 from opmix_dist.seeds import derive_seed
 
-log = logging.getLogger(__name__)
+__all__ = ["SHUFFLE_BLOCK", "MixtureSampler", "OnExhausted", "Position", "allocate", "settle"]
 
 SHUFFLE_BLOCK = 65_536
-# Rounding in lags and targets; far below one sample, far above the error of a step of 1e6 samples.
-TOLERANCE = 1e-9
-# Share of a domain's cap at which its user is told; time enough to prepare more data.
-NEARLY_USED_UP = 0.9
-
-OnExhausted = Literal["stop", "renormalize"]
 
 
 @dataclass(frozen=True)
@@ -45,69 +38,6 @@ class Position:
     lag: np.ndarray  # float64 [D], target + settled - drawn, in [-1, 1]
     # float64 [D], samples of target moved between domains since construction or the last load; sums to 0
     settled: np.ndarray
-
-
-def allocate(lag: np.ndarray, weights: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split a batch over domains so that every domain stays within one sample of its cumulative target.
-
-    Earliest deadline first for the chairman assignment problem (Tijdeman 1980); a unit's window is that of
-    Pfair scheduling (Baruah et al. 1996): it may be drawn once the target passes the unit before it, and
-    must be by the batch in which the target completes it. With constant weights, from lag 0, |lag| < 1 for
-    any weights. When weights change, the mandatory units can exceed the batch, and then no rule that does
-    not know the future keeps the bound (Ajtai et al. 1998, Fairness in scheduling): units with the smallest
-    fraction are deferred and the rest is settled, see :func:`settle`.
-
-    Args:
-        lag: target less drawn before the batch, [D], in [-1, 1].
-        weights: [D], sums to 1.
-        batch_size: B.
-
-    Returns:
-        Samples per domain, int64 [D], summing to B; and target less drawn after them, [D], in (-1, 1) unless
-        units were deferred, then in (-1, 2).
-    """
-    # a sum of 1e-16, not exactly 0, would build up over a long run: the batch's target takes it back
-    owed = lag + (batch_size - _sum(lag)) * weights
-    counts = np.maximum(0, np.floor(owed + TOLERANCE)).astype(np.int64)
-    fraction = owed - counts
-    optional = batch_size - int(counts.sum())
-    if optional > 0:
-        counts[_earliest_deadlines(fraction, weights, optional)] += 1
-    elif optional < 0:
-        # lag <= 1 makes at least as many domains with a mandatory unit as there are units too many
-        mandatory = np.flatnonzero(counts > 0)
-        counts[mandatory[np.argsort(fraction[mandatory], kind="stable")[:-optional]]] -= 1
-    return counts, owed - counts
-
-
-def _earliest_deadlines(fraction: np.ndarray, weights: np.ndarray, count: int) -> np.ndarray:
-    """The ``count`` domains whose begun unit is completed by the target soonest; ties by domain order."""
-    begun = np.flatnonzero(fraction > TOLERANCE)
-    with np.errstate(divide="ignore", over="ignore"):  # weight 0: never completed, last
-        deadline = (1 - fraction[begun]) / weights[begun]
-    # not argsort: at 2,000 domains finding one value takes a tenth of the time
-    last = np.partition(deadline, count - 1)[count - 1]
-    sooner = deadline < last
-    tied = np.flatnonzero(deadline == last)[: count - int(sooner.sum())]
-    return begun[np.append(np.flatnonzero(sooner), tied)]
-
-
-def settle(lag: np.ndarray) -> np.ndarray:
-    """The lags [D] at most 1 and summing to 0 that are nearest to ``lag`` in total change.
-
-    What is cut off above 1, or is missing from the sum, is taken from the other side in proportion.
-    """
-    settled = np.minimum(lag, 1.0)
-    excess = _sum(settled)
-    side = settled > 0 if excess > 0 else settled < 0
-    if side.any():
-        settled[side] *= 1 - excess / _sum(settled[side])
-    return settled
-
-
-def _sum(values: np.ndarray) -> float:
-    """The exact sum, rounded once: the same on every machine. A list takes two thirds of an array's time."""
-    return math.fsum(values.tolist())
 
 
 class MixtureSampler:
@@ -143,16 +73,12 @@ class MixtureSampler:
                 f"global_batch_size is {global_batch_size}, seed {seed} and data.shuffle_block "
                 f"{shuffle_block}: give >= 1, >= 0 and >= 1"
             )
-        if on_exhausted not in ("stop", "renormalize"):
-            raise UserError(f"on_exhausted is {on_exhausted!r}: give stop or renormalize")
-        self.global_batch_size, self.seed, self.on_exhausted = global_batch_size, seed, on_exhausted
+        self.global_batch_size, self.seed = global_batch_size, seed
         self._batch_seed = derive_seed(seed, "batch")
         orders = DomainOrders(domains, seed=seed, shuffle_block=shuffle_block)
         self._use(orders, _fresh_rows(orders))
-        self._caps = _sample_caps(max_epochs or {}, dict(zip(self.names, self._orders.totals, strict=True)))
+        self._caps = EpochCaps(self.names, orders.totals, max_epochs or {}, on_exhausted=on_exhausted)
         self._absent = np.empty(0, dtype=ROW)  # rows of a loaded state's other domains: they may come back
-        self._told: set[tuple[str, str]] = set()
-        self._quiet = False
         zeros = np.zeros(len(self.names))
         self.position = Position(0, zeros.astype(np.int64), zeros, zeros)
         self.set_weights(weights)
@@ -179,14 +105,14 @@ class MixtureSampler:
             UserError: an unknown domain, a weight that is negative or not finite, or a sum that is not 1
                 within 1e-6. The weights stay as they were.
         """
-        _require_known("weights", weights, self.names)
-        for name, weight in weights.items():
-            if not (math.isfinite(weight) and weight >= 0):
-                raise UserError(f"weights: {name} weighs {weight}: give a finite number >= 0")
-        total = math.fsum(weights.values())
+        require_known("weights", weights, self.names)
+        given = np.array([weights.get(name, 0.0) for name in self.names], dtype=np.float64)
+        for i in np.flatnonzero(~(np.isfinite(given) & (given >= 0)))[:1]:
+            raise UserError(f"weights: {self.names[i]} weighs {given[i]}: give a finite number >= 0")
+        total = exact_sum(given)
         if abs(total - 1) > 1e-6:
             raise UserError(f"weights sum to {total:.9g}, not 1: divide each by the sum")
-        self.weights = np.array([weights.get(name, 0.0) / total for name in self.names], dtype=np.float64)
+        self.weights = given / total
 
     def draw(self) -> tuple[np.ndarray, np.ndarray]:
         """Domain index [B] and sample id [B], int64, of the next global batch, in its order.
@@ -223,16 +149,19 @@ class MixtureSampler:
                 knew, or a cap for a domain that does not join. Nothing changes then.
         """
         for name in set(self.names).intersection(domains):
-            raise UserError(f"domain {name} is there already: give it a weight, or join another name")
+            raise UserError(
+                f"domain {name} is there already: give it a weight, or prepare the new data under another "
+                "name"
+            )
         orders = DomainOrders(
             {**self._orders.shard_sizes, **domains}, seed=self.seed, shuffle_block=self._orders.shuffle_block
         )
         joined = len(self.names)
-        caps = _sample_caps(max_epochs or {}, dict(zip(domains, orders.totals[joined:], strict=True)))
+        caps = self._caps.extended(tuple(domains), orders.totals[joined:], max_epochs or {})
         fresh = _fresh_rows(orders)
         rows, absent = _continued(tuple(orders.shard_sizes), fresh, self._absent)
         self._use(orders, fresh)
-        self._absent, self._caps = absent, np.append(self._caps, caps)
+        self._absent, self._caps = absent, caps
         zeros = np.zeros(len(domains))
         self.weights, self._effective = np.append(self.weights, zeros), np.append(self._effective, zeros)
         before = self.position
@@ -246,7 +175,7 @@ class MixtureSampler:
     def copy(self) -> MixtureSampler:
         """A sampler that goes its own way from here, and warns of nothing: to look ahead with."""
         other = copy.copy(self)
-        other._orders, other._told, other._quiet = self._orders.copy(), set(self._told), True
+        other._orders, other._caps = self._orders.copy(), self._caps.quiet()
         return other
 
     def state_dict(self, position: Position | None = None) -> dict[str, Any]:
@@ -298,7 +227,7 @@ class MixtureSampler:
         left_out, weights, start, counts, lag = self._allocate_within_caps()
         drawn = before.drawn + counts
         kept = settle(lag) if (lag > 1).any() else lag
-        self._tell(drawn, left_out & (self.weights > 0))
+        self._caps.tell(before.drawn, drawn, left_out & (self.weights > 0))
         self.position = Position(
             before.batches + 1, drawn, kept, before.settled + (start - before.lag) + (kept - lag)
         )
@@ -311,76 +240,25 @@ class MixtureSampler:
         Decided by nothing but position and weights, so that a resume decides alike. Whoever is left out makes
         the others' counts grow: they are allocated again until all fit.
         """
-        left_out = np.zeros(len(self.names), dtype=np.bool_)
-        if self.on_exhausted == "renormalize":
-            left_out |= self._caps - self.position.drawn < 1
+        drawn = self.position.drawn
+        left_out = self._caps.exhausted(drawn)
         while True:
             weights, lag = self._without(left_out)
             counts, after = allocate(lag, weights, self.global_batch_size)
-            over = self.position.drawn + counts > self._caps
+            over = self._caps.over(drawn + counts, weights)
             if not over.any():
                 return left_out, weights, lag, counts, after
-            if self.on_exhausted == "stop" and (over & (weights > 0)).any():
-                raise self._used_up(int((over & (weights > 0)).argmax()))
-            left_out = left_out | over  # also one that weighs 0, and was owed the rest of a sample
+            left_out = left_out | over
 
     def _without(self, left_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Weights and lag, [D], as if the domains ``left_out`` [D] had no part in the mixture."""
         if not left_out.any():
             return self.weights, self.position.lag
         weights = np.where(left_out, 0.0, self.weights)
-        total = _sum(weights)
+        total = exact_sum(weights)
         if total == 0:
-            raise self._used_up(int((left_out & (self.weights > 0)).argmax()), ", the last with a weight,")
+            raise self._caps.used_up(left_out & (self.weights > 0), ", the last with a weight,")
         return weights / total, settle(np.where(left_out, 0.0, self.position.lag))
-
-    def _used_up(self, index: int, which: str = "") -> UserError:
-        name, cap, total = self.names[index], int(self._caps[index]), self._orders.totals[index]
-        return UserError(
-            f"domain {name}{which} is used up: max_epochs allows {cap} samples of its {total}; "
-            f"lower its weight or raise its max_epochs"
-        )
-
-    def _tell(self, drawn: np.ndarray, left_out: np.ndarray) -> None:
-        """Warn, once per domain and event, of what the batch that leads to ``drawn`` [D] begins."""
-        if self._quiet:
-            return
-        before, caps, totals = self.position.drawn, self._caps, self._orders.totals
-        reached = left_out | ((drawn == caps) & (before < caps))
-        near = (drawn >= NEARLY_USED_UP * caps) & (before < NEARLY_USED_UP * caps) & ~reached
-        for name, _ in self._untold("repeat", (drawn > totals) & (before <= totals)):
-            log.warning("domain %s begins to repeat: all its samples were drawn once", name)
-        stops = self.on_exhausted == "stop"
-        then = "the run stops" if stops else "it leaves the mixture and the other weights grow"
-        for name, i in self._untold("near", near):
-            used = f"{drawn[i]} of the {int(caps[i])} samples that its max_epochs allows"
-            log.warning("domain %s has drawn %s: %s when they are used up", name, used, then)
-        then = "the next batch with it stops the run" if stops else then
-        for name, i in self._untold("reached", reached):
-            used = f"{drawn[i]} of the {int(caps[i])} samples that its max_epochs allows"
-            log.warning("domain %s is used up, at %s: %s", name, used, then)
-
-    def _untold(self, event: str, which: np.ndarray) -> list[tuple[str, int]]:
-        """Name and index of the domains in ``which`` (bool [D]) whose event is new; it is not from now on."""
-        news = [(self.names[i], int(i)) for i in np.flatnonzero(which)]
-        news = [(name, i) for name, i in news if (event, name) not in self._told]
-        self._told.update((event, name) for name, _ in news)
-        return news
-
-
-def _sample_caps(max_epochs: Mapping[str, float], totals: Mapping[str, int]) -> np.ndarray:
-    """Samples that may be drawn of each domain in ``totals`` (name to samples), float64 [D], inf for any."""
-    _require_known("max_epochs", max_epochs, totals)
-    for name, value in max_epochs.items():
-        if not value > 0:
-            raise UserError(f"max_epochs: {name} is {value}: give a number > 0, or weight 0")
-    return np.array([np.floor(max_epochs.get(n, math.inf) * t + TOLERANCE) for n, t in totals.items()])
-
-
-def _require_known(key: str, given: Iterable[str], known: Collection[str]) -> None:
-    unknown = set(given).difference(known)
-    if unknown:
-        raise UserError(f"{key}: {min(unknown)!r} is none of the {len(known)} domains: mend it or prepare it")
 
 
 def _fresh_rows(orders: DomainOrders) -> np.ndarray:

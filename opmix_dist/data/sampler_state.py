@@ -62,7 +62,8 @@ def read_state(state: Mapping[str, Any], *, seed: int, shuffle_block: int) -> tu
         raise _damaged()
     if state.get("version") != STATE_VERSION:
         raise UserError(
-            f"sampler state has version {state.get('version')}; this version reads {STATE_VERSION}"
+            f"sampler state has version {state.get('version')}; this version reads {STATE_VERSION}: resume "
+            f"with the release that wrote it"
         )
     for key, setting, own in (("seed", "seed", seed), ("shuffle_block", "data.shuffle_block", shuffle_block)):
         if state.get(key) != own:
