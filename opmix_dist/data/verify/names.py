@@ -1,0 +1,86 @@
+"""Which domains there are to verify, of a folder or a remote root."""
+
+from __future__ import annotations
+
+import difflib
+import posixpath
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from opmix_dist.data.catalogue import DOMAIN_FILE, check_domain_name, find_domains
+from opmix_dist.data.remote import mirror
+from opmix_dist.data.store import ShardStore, one_line
+from opmix_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Found:
+    """Names, each with why its small files cannot be fetched, or None."""
+
+    names: dict[str, str | None]
+    left_out: int
+
+
+def find(root: str, store: ShardStore | None, domains: Sequence[str] | None) -> Found:
+    """The domains to look at. Of a store, their small files are in its cache afterwards.
+
+    Raises:
+        UserError: no folder, a remote that cannot be listed, no domain, or one that is not there.
+    """
+    there = find_domains(Path(root)) if store is None else _remote_names(store)
+    if not there:
+        raise UserError(f"{root} holds no domain: make some with `opmix prepare --out {root}`")
+    for name in domains or ():
+        if name not in there:
+            near = difflib.get_close_matches(name, there, n=1, cutoff=0.0)[0]
+            raise UserError(f"{root} has no domain {name!r}: the nearest is `{near}`")
+    names = list(dict.fromkeys(domains)) if domains else there
+    faults = dict.fromkeys(names) if store is None else _mirror(store, names)
+    return Found(faults, len(there) - len(names))
+
+
+def _mirror(store: ShardStore, names: Sequence[str]) -> dict[str, str | None]:
+    """All at once, which is fast; and one by one if that fails, to learn which cannot be had."""
+    try:
+        mirror(store, names)
+        return dict.fromkeys(names)
+    except UserError:
+        return {name: _fault(store, name) for name in names}
+
+
+def _fault(store: ShardStore, name: str) -> str | None:
+    try:
+        mirror(store, [name])
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _remote_names(store: ShardStore) -> list[str]:
+    """Sorted names of the remote's folders with a ``domain.json``."""
+    import fsspec
+
+    try:
+        fs, path = fsspec.core.url_to_fs(store.remote)
+        folders = [
+            posixpath.basename(entry["name"].rstrip("/")) for entry in fs.ls(path) if _is_folder(entry)
+        ]
+        names = sorted(filter(_is_domain_name, folders))
+        files = {name: f"{path.rstrip('/')}/{name}/{DOMAIN_FILE}" for name in names}
+        found = fs.cat([*files.values()], on_error="return") if files else {}
+    except Exception as error:  # each store's client raises its own
+        raise UserError(f"{store.remote} cannot be read: {one_line(error)}") from None
+    return [name for name, file in files.items() if not isinstance(found[file], FileNotFoundError)]
+
+
+def _is_folder(entry: dict[str, str]) -> bool:
+    return entry["type"] == "directory"
+
+
+def _is_domain_name(name: str) -> bool:
+    try:
+        check_domain_name(name)
+    except UserError:
+        return False
+    return True
