@@ -84,7 +84,7 @@ class _Chat:
                 if not (self.text.startswith(reply) and reply.startswith(prompt)):
                     raise UserError(
                         f"{self._where}: the chat template writes the messages up to number {i} in another "
-                        f"way when more follow, so the assistant's words cannot be told apart: {_OWN_TEMPLATE}"
+                        f"way when more follow, so that the assistant's words are unknown: {_OWN_TEMPLATE}"
                     )
                 yield len(prompt), len(prompt) + len(reply[len(prompt) :].rstrip())
 

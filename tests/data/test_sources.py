@@ -222,18 +222,16 @@ def test_a_saved_dataset_is_the_files_that_its_state_names(tmp_path: Path) -> No
 
 
 def test_chats_of_lines_and_columns_are_the_same(tmp_path: Path) -> None:
-    call = {
-        "role": "assistant",
-        "content": None,
-        "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}],
-    }
+    """A column gives every call the arguments of all calls, as null; they are not there in the chats."""
+    calls = [{"function": {"name": "f", "arguments": arguments}} for arguments in ({"a": 1}, {"b": "x"})]
+    replies = [{"role": "assistant", "content": None, "tool_calls": [call]} for call in calls]
     tools = [{"type": "function", "function": {"name": "f"}}]
-    rows = [{"chat": CHAT, "tools": None}, {"chat": [CHAT[0], call], "tools": tools}]
+    rows = [{"chat": CHAT, "tools": None}, *({"chat": [CHAT[0], reply], "tools": tools} for reply in replies)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
     as_text = [{**row, "tools": row["tools"] and json.dumps(row["tools"])} for row in rows]
     parquet.write_table(pa.Table.from_pylist(as_text), tmp_path / "c.parquet")
-    expected = [Conversation(CHAT), Conversation([CHAT[0], call], tools)]
+    expected = [Conversation(CHAT), *(Conversation([CHAT[0], reply], tools) for reply in replies)]
     for name in ("a.jsonl", "b.parquet", "c.parquet"):
         assert documents(FileSource([str(tmp_path / name)], messages_field="chat")) == expected, name
 
@@ -316,11 +314,19 @@ def test_sources_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         pa.string(), 1, [None, pa.py_buffer(np.array([0, 1], "i4")), pa.py_buffer(b"\xff")]
     )
     parquet.write_table(pa.table({"text": bad}), tmp_path / "latin.parquet")
+    for name, column in (("latin", bad), ("past", pa.array(["x" * 77]))):
+        with ipc.new_stream(tmp_path / f"{name}.arrow", pa.schema([("text", pa.string())])) as writer:
+            writer.write_batch(pa.record_batch({"text": column}))
+    offsets, beyond = (np.array([0, end], "<i4").tobytes() for end in (77, 1 << 30))
+    metadata, _, rest = (tmp_path / "past.arrow").read_bytes().rpartition(offsets)
+    (tmp_path / "past.arrow").write_bytes(metadata + beyond + rest)
     for name, reason in (
         ("latin.txt", r"latin\.txt is not UTF-8 text \(byte 3\)"),
         ("x.parquet", "has no column 'text', but body, n: name one with --text-field"),
         ("null.parquet", "null.parquet row 2: 'text' is NoneType"),
         ("latin.parquet", "latin.parquet row 1 is not UTF-8"),
+        ("latin.arrow", "latin.arrow is not a whole Arrow file: .*UTF8"),
+        ("past.arrow", "past.arrow is not a whole Arrow file"),
         ("none.parquet", "none.parquet is not a whole Parquet file"),
         ("nothing/*.txt", r"nothing/\*\.txt matches no file"),
         ("x.mds", "x.mds is a shard that no index.json names"),

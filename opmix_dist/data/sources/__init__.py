@@ -16,5 +16,6 @@ any other         one document of UTF-8 text
 """
 
 from opmix_dist.data.sources.files import FileSource, files_fingerprint, parse_domains
+from opmix_dist.data.sources.tokens import TokenDType
 
-__all__ = ["FileSource", "files_fingerprint", "parse_domains"]
+__all__ = ["FileSource", "TokenDType", "files_fingerprint", "parse_domains"]

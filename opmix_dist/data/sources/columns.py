@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from opmix_dist.data.source import Document
 from opmix_dist.data.sources.listing import CHUNK_BYTES, File, one_line, reading
@@ -44,7 +44,10 @@ class RowsChunk:
                 row = {name: batch.column(name)[i].as_py() for name in names}
             except UnicodeDecodeError:
                 raise UserError(f"{where} is not UTF-8 text: mend or remove it") from None
-            yield self.number, self.fields.document(row, where)
+            yield (
+                self.number,
+                self.fields.document(_without_nulls(row) if self.fields.messages else row, where),
+            )
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,16 @@ def _arrow_batches(raw: IO[bytes], fields: Fields, name: str) -> Iterator[Record
     columns = fields.columns(reader.schema.names, name)
     for batch in _all_batches(reader):
         wanted = batch.select(columns)
+        wanted.validate(full=True)  # its offsets come from the file, and nothing else checks them
         rows = _rows_per_chunk(wanted.num_rows, wanted.nbytes)
         yield from (wanted.slice(begin, rows) for begin in range(0, wanted.num_rows, rows))
+
+
+def _without_nulls(value: Any) -> Any:
+    """As the row was before a column gave its objects the keys of all other rows' objects."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def _open_arrow(raw: IO[bytes]) -> ipc.RecordBatchFileReader | ipc.RecordBatchStreamReader:

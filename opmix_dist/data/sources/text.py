@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import IO
 
 from opmix_dist.data.source import Document
@@ -34,11 +35,16 @@ class TextChunk:
 
 def read_texts(first: int, files: Sequence[File]) -> TextChunk:
     """``files``, of which the first has number ``first``, in one chunk."""
-    contents = []
-    for number, file in enumerate(files, first):
-        with reading(file.name), file.open() as stream:
-            contents.append((number, file.name, stream.read()))
-    return TextChunk(contents)
+    contents: list[bytes | Exception] = []
+    for fs, of_fs in groupby(files, key=lambda file: file.fs):  # stores send the files at the same time
+        contents += fs.cat_ranges([file.path for file in of_fs], None, None, on_error="return")
+    read = []
+    for number, (file, content) in enumerate(zip(files, contents, strict=True), first):
+        with reading(file.name):
+            if isinstance(content, Exception):
+                raise content
+            read.append((number, file.name, content))
+    return TextChunk(read)
 
 
 @dataclass(frozen=True)
