@@ -66,9 +66,13 @@ def test_warned_once_at_nine_tenths_and_once_at_the_cap(caplog: pytest.LogCaptur
             "domain a has drawn 18 of the 20 samples that its max_epochs allows: the run stops when they are "
             "used up"
         ]
+        again = sampler({"a": [40], "b": [400]}, {"a": 0.5, "b": 0.5}, max_epochs={"a": 0.5})
+        again.load_state_dict(through_json(drawer.state_dict()))  # a resume: told before
         draw(drawer, 1)
-    assert len(caplog.messages) == 2
-    assert "domain a is used up" in caplog.messages[1]
+        assert len(caplog.messages) == 2
+        assert "domain a is used up" in caplog.messages[1]
+        draw(again, 1)
+    assert caplog.messages[2:] == caplog.messages[1:2]
 
 
 def test_an_exhausted_domain_leaves_the_mixture(caplog: pytest.LogCaptureFixture) -> None:
@@ -91,6 +95,20 @@ def test_an_exhausted_domain_leaves_the_mixture(caplog: pytest.LogCaptureFixture
     draw(drawer, 1)
     assert drawer.position.drawn.tolist() == [5, 8, 7]
     assert drawer.effective_weights.tolist() == [0.25, 0.5, 0.25]
+
+
+def test_an_exhausted_domain_leaves_at_once_even_if_it_is_not_due() -> None:
+    sizes, weights = {"a": [1], "b": [100]}, {"a": 0.1, "b": 0.9}
+    drawer = sampler(sizes, weights, max_epochs={"a": 1}, on_exhausted="renormalize")
+    draw(drawer, 1)  # owed .4 and 3.6: .6 of b is complete in .4/.9, .4 of a in .6/.1
+    assert drawer.position.drawn.tolist() == [0, 4]
+    draw(drawer, 1)  # owed .8 and 3.2: in .2/.1, in .8/.9
+    draw(drawer, 1)  # owed 1.2 and 2.8
+    assert drawer.position.drawn.tolist() == [1, 11]
+    assert drawer.effective_weights.tolist() == [0.1, 0.9]
+    draw(drawer, 1)  # would owe .6
+    assert drawer.effective_weights.tolist() == [0, 1]
+    assert drawer.position.lag.tolist() == [0, 0]
 
 
 def test_what_an_exhausted_domain_was_owed_goes_to_the_others() -> None:

@@ -247,6 +247,8 @@ def test_a_copy_goes_its_own_way() -> None:
     domains, positions = np.repeat([0, 1], 4), np.tile(np.arange(4), 2)
     expected = one.sample_ids(domains, positions).tolist()
     other = one.copy()
+    assert not np.shares_memory(one._held.ends, other._held.ends)  # a thread may look ahead with it
+    assert not np.shares_memory(one._epochs, other._epochs)
     other.sample_ids(domains, positions + 8)
     assert one.sample_ids(domains, positions).tolist() == expected
     assert other.sample_ids(domains, positions).tolist() == expected
