@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from opmix_dist import __version__
+from opmix_dist.data_commands import add_data_commands
 from opmix_dist.errors import UserError
 from opmix_dist.process import end_process
 
@@ -18,13 +19,13 @@ TOKEN_DTYPES = ("uint16", "uint32", "int32", "int64")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; a UserError becomes one line on standard error and status 2."""
+    """Run a subcommand and return its status; a UserError becomes one line on standard error and status 2."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command != "train":
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
     try:
-        arguments.run(arguments, rest)
+        status: int | None = arguments.run(arguments, rest)
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             # All ranks usually meet the same mistake. Rank 0 tells it at once and the launcher then ends the
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,6 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     _add_prepare(commands)
+
+    add_data_commands(commands)
 
     train = commands.add_parser(
         "train",

@@ -81,21 +81,21 @@ def check_shard(place: SplitPlace, shard: int) -> ShardFindings:
     raw = split.local / split.files[shard].raw_name
     try:
         samples = [split.read(number) for number in _numbers(split, shard)]
+        stored = int(np.fromfile(raw, "<u4", count=1)[0])
         copies = [] if place.original is None else list(_copy_faults(split, shard, place.original))
     except UserError as error:
         # of a compressed shard, the place where it was to be decompressed says nothing to anyone
         prefix = f"shard {raw}: " if place.original is not None else ""
         return ShardFindings([str(error).removeprefix(prefix)])
-    except (
-        Exception
-    ) as error:  # of a decoder, on bytes that no writer wrote; the other shards are to be checked
+    except Exception as error:
+        # of a decoder, on bytes that no writer wrote: the other shards are still to be checked
         return ShardFindings([f"shard {raw}: cannot be read ({type(error).__name__}: {one_line(error)})"])
     finally:
         if place.original is not None:
             raw.unlink(missing_ok=True)
     shown = (place.original or place.local) / split.files[shard].stored_name
-    faults = copies + _sample_faults(samples, split, shard, place.info, shown)
-    return _findings(samples, _numbers(split, shard).start, place.eos_id, faults)
+    faults = [f"shard {shown}: {what}" for what in _sample_faults(samples, stored, place.info)]
+    return _findings(samples, _numbers(split, shard).start, place.eos_id, copies + faults)
 
 
 def sample_fault(sample: Sample, info: DomainInfo) -> str | None:
@@ -150,19 +150,15 @@ def _copy_faults(split: ShardedSplit, shard: int, original: Path) -> Iterator[st
         yield f"shard {copy}: is not what its compressed file holds; delete this copy, which is made again"
 
 
-def _sample_faults(
-    samples: list[Sample], split: ShardedSplit, shard: int, info: DomainInfo, file: Path
-) -> list[str]:
-    raw = split.local / split.files[shard].raw_name
-    stored = int(np.fromfile(raw, "<u4", count=1)[0])
-    faults = []
+def _sample_faults(samples: list[Sample], stored: int, info: DomainInfo) -> Iterator[str]:
+    """Of the samples that the index counts; the shard's own table says that it has ``stored``."""
     if stored != len(samples):
-        faults.append(f"shard {file}: holds {stored} samples, its index says {len(samples)}")
+        yield f"holds {stored} samples, its index says {len(samples)}"
     wrong = [(row, fault) for row, one in enumerate(samples) if (fault := sample_fault(one, info))]
-    faults += [f"shard {file}: sample {row} {fault}" for row, fault in wrong[:LISTED_SAMPLES]]
+    for row, fault in wrong[:LISTED_SAMPLES]:
+        yield f"sample {row} {fault}; prepare the domain again"
     if len(wrong) > LISTED_SAMPLES:
-        faults.append(f"shard {file}: {len(wrong) - LISTED_SAMPLES} more of its samples are faulty")
-    return faults
+        yield f"{len(wrong) - LISTED_SAMPLES} more of its samples are faulty"
 
 
 def _findings(samples: list[Sample], first: int, eos_id: int | None, faults: list[str]) -> ShardFindings:
