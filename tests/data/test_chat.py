@@ -43,6 +43,9 @@ FORGETS = (  # leaves earlier replies out, as templates of reasoning models do w
     "{{ '<|turn|>' + m.role + '\n' + m.content + '<|end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|turn|>assistant\n' }}{% endif %}"
 )
+THINKS = (
+    CHATML.removesuffix("' }}{% endif %}") + "<think>' }}{% endif %}"
+)  # a prompt that replies do not begin with
 STRICT = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system\n messages') }}"
     "{% endif %}{{ m.content }}{% endfor %}"
@@ -160,9 +163,18 @@ def test_a_template_that_changes_earlier_turns_needs_tags(with_template: Change)
     tokenizer = with_template(FORGETS)
     assert learnt(tokenizer, chat("What?", "four"))[1] == ["four<|end|>"]
     with pytest.raises(
-        UserError, match=r"chat 1: .*up to number 1 in another way when more follow.*--chat-template"
+        UserError, match=r"chat 1: .*writes message 1, or what precedes it, in another way .*--chat-template"
     ):
         render(tokenizer, chat("What?", "four", "What?", "four"), "chat 1")
+
+
+def test_replies_that_do_not_begin_as_the_prompt_need_tags(with_template: Change) -> None:
+    tokenizer = with_template(THINKS)
+    with pytest.raises(
+        UserError, match=r"chat 1: .*writes message 1, or what precedes it, in another way .*--chat-template"
+    ):
+        render(tokenizer, chat("What?", "four"), "chat 1")
+    assert learnt(tokenizer, chat("What?", "<think>four"))[1] == ["four<|end|>"]
 
 
 @pytest.mark.parametrize(

@@ -280,6 +280,20 @@ def test_a_malformed_line_names_file_and_line(
         documents(FileSource([str(tmp_path / "x.jsonl")]))
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_row_that_is_no_text_is_named_by_its_number_in_the_file(
+    tmp_path: Path, kind: str, small_chunks: None
+) -> None:
+    table = pa.table({"text": [*["x" * 50] * 10, None]})
+    if kind == "parquet":
+        parquet.write_table(table, tmp_path / "x.parquet", row_group_size=4)
+    else:
+        with ipc.new_stream(tmp_path / "x.arrow", table.schema) as writer:
+            writer.write_table(table, max_chunksize=4)
+    with pytest.raises(UserError, match=rf"x\.{kind} row 11: 'text' is NoneType, not text"):
+        documents(FileSource([str(tmp_path)]))
+
+
 @pytest.mark.parametrize(
     "kind", ["jsonl.gz", "jsonl.zst", "parquet", "stream.arrow", "file.arrow", "header.npy"]
 )

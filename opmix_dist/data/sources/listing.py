@@ -7,6 +7,7 @@ and from the file systems' own listings only.
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ def _is_url(name: str) -> bool:
 
 
 def one_line(error: BaseException) -> str:
+    """What the error says, without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -130,8 +132,8 @@ def _find(fs: AbstractFileSystem, path: str) -> list[dict[str, Any]]:
     except FileNotFoundError as error:
         if isinstance(error.__cause__, OSError):  # the host, not the file, is missing
             raise error.__cause__ from None
-        literal = path[: min(path.find(sign) % (len(path) + 1) for sign in "*?[")].rpartition("/")[0]
-        found = fs.glob(path, detail=True) if literal != path else {}
+        found = fs.glob(path, detail=True) if glob.has_magic(path) else {}
+        literal = re.split(r"[*?[]", path, maxsplit=1)[0].rpartition("/")[0]
         below = [one for one in found.values() if one["type"] == "file"]
     else:
         if info["type"] == "file":

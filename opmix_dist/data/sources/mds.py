@@ -124,12 +124,8 @@ class ShardRowsChunk:
     def documents(self) -> Iterator[tuple[int, Document]]:
         for i, row in enumerate(self.rows, self.first_sample):
             where = f"{self.name} sample {i}"
-            yield (
-                self.number,
-                self.fields.document(
-                    {name: self._value(name, data, where) for name, data in row.items()}, where
-                ),
-            )
+            values = {name: self._value(name, data, where) for name, data in row.items()}
+            yield self.number, self.fields.document(values, where)
 
     def _value(self, column: str, data: bytes, where: str) -> Any:
         if column in self.json_columns:
