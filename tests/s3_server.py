@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import fsspec
 from werkzeug.serving import WSGIRequestHandler, make_server
@@ -76,6 +77,8 @@ def s3_server() -> Iterator[S3Server]:
     before = dict(os.environ)
     os.environ.update(_KEYS, AWS_ENDPOINT_URL=server.endpoint)
     try:
+        # the store's content is the process's: an earlier server's is removed
+        urlopen(Request(f"{server.endpoint}/moto-api/reset", method="POST")).close()
         fsspec.filesystem("s3", skip_instance_cache=True).mkdir(BUCKET)
         yield server
     finally:

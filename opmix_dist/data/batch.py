@@ -81,9 +81,10 @@ class TokenBatch:
         positions = None
         if mask_documents:
             mask &= ~rows.starts
-            index = np.arange(mask.shape[1])
-            begun = np.maximum.accumulate(np.where(rows.starts, index, 0), axis=1)
-            positions = torch.from_numpy(index - begun)
+            begun = np.flatnonzero(rows.starts)  # every row begins one
+            lengths = np.diff(begun, append=mask.size)
+            places = np.arange(mask.size) - np.repeat(begun, lengths)
+            positions = torch.from_numpy(places.reshape(mask.shape))
         return cls(torch.from_numpy(rows.tokens.astype(np.int64)), torch.from_numpy(mask), positions)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:

@@ -206,7 +206,16 @@ class MixtureLoader:
     def _start_fetcher(self) -> Fetcher | None:
         if self.catalogue.store is None or not self._options.fetch_ahead:
             return None
-        return Fetcher(self._reader.splits, threads=self._options.fetch_threads)
+        return Fetcher(self._reader.splits, threads=min(self._options.fetch_threads, self._fetch_ahead))
+
+    @property
+    def _fetch_ahead(self) -> int:
+        """Shards to fetch ahead: no more than a quarter of the cache, the rest of which is in use."""
+        store = self.catalogue.store
+        if store is None or store.limit_bytes is None:
+            return self._options.fetch_ahead
+        largest = max(file.raw_bytes for split in self._reader.splits for file in split.files)
+        return max(1, min(self._options.fetch_ahead, store.limit_bytes // (4 * largest)))
 
     def _look_ahead(self) -> Lookahead | None:
         if self._fetcher is None:
@@ -215,7 +224,7 @@ class MixtureLoader:
             self._sampler.copy(),
             self._reader.splits,
             self._rows,
-            ahead=self._options.fetch_ahead,
+            ahead=self._fetch_ahead,
             tell=self._fetcher.want,
         )
 

@@ -130,8 +130,8 @@ class ShardedSplit:
         shard = int(np.searchsorted(self._ends, sample_id, side="right"))
         row = int(sample_id - (self._ends[shard] - self.shard_sizes[shard]))
         for _ in range(READ_ATTEMPTS):
-            self._require_here(shard)
             try:
+                self._require_here(shard)
                 return Sample.from_row(self._reader(shard).get_item(row))
             except FileNotFoundError:  # removed from the cache since
                 self._ready[shard] = False
@@ -161,11 +161,10 @@ class ShardedSplit:
             store = ShardStore(str(root), root, attempts=1)
         if store is not None:
             store.fetch(self.folder, file)
-        if not self.is_here(shard):
-            there = self.size_on_disk(shard)
-            raise self._damaged(
-                shard, f"{there} of {file.raw_bytes} bytes are there" if there >= 0 else "is missing"
-            )
+            return
+        there = self.size_on_disk(shard)
+        what = f"{there} of {file.raw_bytes} bytes are there" if there >= 0 else "is missing"
+        raise self._damaged(shard, what)
 
     def _require_hash(self, shard: int) -> None:
         """Of the file on disk; one from a store is fetched anew before it is given up."""

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 BLOCK_BYTES = 1 << 20
 FIRST_PAUSE_S = 0.5
 TOUCH_INTERVAL_S = 5.0
+WAIT_S = 0.02
 LOCKS = ".locks"
 TEMPORARY_SUFFIX = ".part"
 
@@ -92,7 +93,7 @@ class ShardStore:
         local = self.cache / folder / file.raw_name
         local.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with self._alone(folder, file.raw_name):
+            with self._lock(local):
                 if not self.has(folder, file):
                     self._fetch(f"{self.remote.rstrip('/')}/{folder}/{file.stored_name}", file, local)
         except Timeout:
@@ -154,21 +155,21 @@ class ShardStore:
             out.flush()
             os.fsync(out.fileno())
 
-    @contextmanager
-    def _alone(self, folder: str, name: str) -> Iterator[None]:
+    def _lock(self, path: Path, timeout_s: float | None = None) -> FileLock:
+        """Of one file of the cache, whether it is there or not."""
         locks = self.cache / LOCKS
         locks.mkdir(parents=True, exist_ok=True)
-        with FileLock(locks / f"{folder}/{name}.lock".replace("/", "."), timeout=self.timeout_s):
-            yield
+        name = ".".join(path.relative_to(self.cache).parts)
+        return FileLock(locks / f"{name}.lock", timeout=self.timeout_s if timeout_s is None else timeout_s)
 
     @contextmanager
     def _room(self, local: Path, file: StoredFile) -> Iterator[Path]:
         """A temporary file of the final size, made after enough old shards were removed."""
         temporary = local.with_name(local.name + TEMPORARY_SUFFIX)
-        with self._alone("", "room"):
+        with self._lock(self.cache / "room"):
             temporary.unlink(missing_ok=True)  # what a killed fetch left: the shard's lock is ours
             if self.limit_bytes is not None:
-                self._evict(file.raw_bytes)
+                self._make_room(file.raw_bytes, self.limit_bytes)
             with open(temporary, "wb") as out:
                 out.truncate(file.raw_bytes)  # counts as taken from now on, whoever else looks
         try:
@@ -176,28 +177,41 @@ class ShardStore:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _evict(self, wanted: int) -> None:
-        """Remove shards, those unused for longest first, until ``wanted`` bytes fit under the limit.
+    def _make_room(self, wanted: int, limit: int) -> None:
+        """Remove shards until ``wanted`` bytes fit, and wait for fetches under way where that is not enough."""
+        if wanted > limit:
+            raise UserError(f"data.cache_limit of {limit} bytes holds no shard of {wanted} bytes: raise it")
+        deadline = time.monotonic() + self.timeout_s
+        while self._evict(limit - wanted) > limit - wanted:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"data.cache_limit of {limit} bytes is taken up by shards that have been fetched for "
+                    f"{self.timeout_s:.0f} s: see to the store, or raise data.fetch_timeout_s"
+                )
+            time.sleep(WAIT_S)
+
+    def _evict(self, allowed: int) -> int:
+        """Remove shards, those unused for longest first, until ``allowed`` bytes are left; how many are.
 
         A reader that has one open goes on reading it; one that opens it later fetches it again.
         """
-        assert self.limit_bytes is not None
-        if wanted > self.limit_bytes:
-            raise UserError(
-                f"data.cache_limit of {self.limit_bytes} bytes holds no shard of {wanted} bytes: raise it"
-            )
         entries = sorted((stat.st_mtime, stat.st_size, path) for path, stat in self._files())
         taken = sum(size for _, size, _ in entries)
         for _, size, path in entries:
-            if taken + wanted <= self.limit_bytes:
-                return
-            if path.suffix != TEMPORARY_SUFFIX:
+            if taken <= allowed:
+                break
+            if path.suffix != TEMPORARY_SUFFIX or self._is_left_over(path):
                 path.unlink(missing_ok=True)
                 taken -= size
-        if taken + wanted > self.limit_bytes:
-            log.warning(
-                "data.cache_limit is passed while %d bytes of shards are being fetched at once", taken
-            )
+        return taken
+
+    def _is_left_over(self, temporary: Path) -> bool:
+        """Whether nobody fetches into the file any more."""
+        try:
+            with self._lock(temporary.with_suffix(""), timeout_s=0):
+                return True
+        except Timeout:
+            return False
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         for path in self.cache.glob("*/*/shard.*"):

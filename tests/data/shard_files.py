@@ -80,17 +80,17 @@ def write_tokenizer(root: Path) -> None:
     train_tokenizer(["a b c"], MIN_VOCAB_SIZE).save_pretrained(root / TOKENIZER)
 
 
-def domain_info(name: str, fingerprint: str, train: int, held_out: int) -> DomainInfo:
+def domain_info(name: str, fingerprint: str, train: int, held_out: int, *, length: int = T) -> DomainInfo:
     return DomainInfo(
         format_version=FORMAT_VERSION,
         name=name,
         tokenizer_fingerprint=fingerprint,
         vocab_size=VOCAB,
-        sequence_length=T,
+        sequence_length=length,
         dtype="uint16",
         splits={
-            "train": SplitInfo(samples=train, tokens=train * T, documents=train),
-            "eval": SplitInfo(samples=held_out, tokens=held_out * T, documents=held_out),
+            "train": SplitInfo(samples=train, tokens=train * length, documents=train),
+            "eval": SplitInfo(samples=held_out, tokens=held_out * length, documents=held_out),
         },
         documents_duplicate=0,
         documents_empty=0,

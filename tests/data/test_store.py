@@ -144,7 +144,7 @@ def _read_many_times(cache: Path, remote: Path, limit: int, seed: int) -> None:
 
 
 def test_processes_share_a_cache_that_is_too_small_for_them(remote: Path, tmp_path: Path) -> None:
-    """They push each other's shards out; every sample read is right none the less."""
+    """They push each other's shards out; every sample read is right none the less, and the limit is kept."""
     cache, limit = tmp_path / "cache", 2 * (remote / "web/train/shard.00000.mds").stat().st_size
     context = multiprocessing.get_context("fork")
     readers = [context.Process(target=_read_many_times, args=(cache, remote, limit, n)) for n in (1, 2, 3)]
@@ -154,6 +154,15 @@ def test_processes_share_a_cache_that_is_too_small_for_them(remote: Path, tmp_pa
         reader.join(60)
     assert [reader.exitcode for reader in readers] == [0, 0, 0]
     assert sum(path.stat().st_size for path in cache.glob("*/*/shard.*")) <= limit
+
+
+def test_what_a_killed_fetch_left_makes_room(remote: Path, tmp_path: Path) -> None:
+    size = (remote / "web/train/shard.00000.mds").stat().st_size
+    split = open_split(remote, tmp_path / "cache", limit_bytes=2 * size)
+    for number in (1, 2):
+        (tmp_path / f"cache/web/train/shard.0000{number}.mds.part").write_bytes(bytes(size))
+    assert split.read(0).tokens.tolist() == EXPECTED[0]
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/*/shard.*")) <= 2 * size
 
 
 @pytest.fixture
