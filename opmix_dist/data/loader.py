@@ -149,18 +149,23 @@ class MixtureLoader:
         self._position = planned.after
         return LoadedBatch(batch, planned.domain_ids, planned.after.batches - 1)
 
-    def set_weights(self, weights: Mapping[str, float]) -> None:
+    def set_weights(
+        self, weights: Mapping[str, float], max_epochs: Mapping[str, float] | None = None
+    ) -> None:
         """Hand out the very next batch, and those after it, in these proportions; on every rank alike.
 
         A name that is new joins, when the catalogue's root has that domain by now: it begins at its first
         sample, or where a state that was loaded left it. A name that is not given any more weighs 0, and its
         place in its order is kept.
 
+        Args:
+            max_epochs: caps of domains that join.
+
         Raises:
             UserError: weights that are no mixture of domains that can be found; nothing changes then.
         """
         if joining := [name for name in weights if name not in self.names]:
-            self._join(joining, weights)
+            self._join(joining, weights, max_epochs)
         self._sampler.set_weights(weights)
         self._rewind(self._position)
 
@@ -188,17 +193,19 @@ class MixtureLoader:
         if self._fetcher is not None:
             self._fetcher.close()
 
-    def _join(self, joining: Sequence[str], weights: Mapping[str, float]) -> None:
+    def _join(
+        self, joining: Sequence[str], weights: Mapping[str, float], max_epochs: Mapping[str, float] | None
+    ) -> None:
         """Open more domains; the old ones keep their numbers."""
         store = self.catalogue.store
         root = store.remote if store else str(self.catalogue.root)
         catalogue = open_catalogue(root, [*self.names, *joining], store)
         reader = _SampleReader(catalogue, self._split, self._options)
         trial = self._sampler.copy()
-        trial.add_domains(reader.shard_sizes(joining))
+        trial.add_domains(reader.shard_sizes(joining), max_epochs)
         trial.set_weights(weights)  # what it refuses changes nothing
         self.close()
-        self._sampler.add_domains(reader.shard_sizes(joining))
+        self._sampler.add_domains(reader.shard_sizes(joining), max_epochs)
         self._position = self._sampler.position
         self.catalogue, self._reader = catalogue, reader
         self._fetcher = self._start_fetcher()

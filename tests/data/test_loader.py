@@ -327,6 +327,15 @@ def test_going_on_without_a_domain_that_is_used_up(make: Make) -> None:
     assert later.count(1) == 24
 
 
+def test_a_domain_joins_with_a_cap(spoilt: Catalogue) -> None:
+    loader = MixtureLoader(spoilt, WEIGHTS, global_batch_size=8, rank=0, world_size=1, seed=5)
+    write_domain(spoilt.root, "chat", 3, 20)
+    loader.set_weights({"chat": 1.0}, max_epochs={"chat": 1})
+    take(loader, 2)
+    with pytest.raises(UserError, match="domain chat is used up: max_epochs allows 20 samples"):
+        next(loader)
+
+
 def test_another_global_batch_goes_on_without_loss_or_repeat(make: Make) -> None:
     first = make()
     drawn = list(chain(*take(first, 3)))
