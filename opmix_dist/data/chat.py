@@ -83,8 +83,8 @@ class _Chat:
                 reply = self._render(self._messages[: i + 1])[0]
                 if not (self.text.startswith(reply) and reply.startswith(prompt)):
                     raise UserError(
-                        f"{self._where}: the chat template writes message {i}, or what precedes it, in another "
-                        f"way as the chat goes on, so the assistant's words are unknown: {_OWN_TEMPLATE}"
+                        f"{self._where}: the chat template writes message {i}, or what precedes it, in "
+                        f"another way as the chat goes on, so the assistant's words are unknown: {_OWN_TEMPLATE}"
                     )
                 yield len(prompt), len(prompt) + len(reply[len(prompt) :].rstrip())
 
