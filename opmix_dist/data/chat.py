@@ -84,7 +84,7 @@ class _Chat:
                 if not (self.text.startswith(reply) and reply.startswith(prompt)):
                     raise UserError(
                         f"{self._where}: the chat template writes message {i}, or what precedes it, in "
-                        f"another way as the chat goes on, so the assistant's words are unknown: {_OWN_TEMPLATE}"
+                        f"another way as the chat goes on, so no turn can be told apart: {_OWN_TEMPLATE}"
                     )
                 yield len(prompt), len(prompt) + len(reply[len(prompt) :].rstrip())
 
