@@ -84,7 +84,7 @@ class Encoder:
                 check_ids(document, file, self.tokenizer.vocab_size)
                 ids = document
             else:
-                raise FileFault(file, "holds chats: pass it with --chat-domain in place of --domain")
+                raise FileFault(file, " holds chats: pass it with --chat-domain in place of --domain")
             yield np.append(np.array(ids, dtype), np.array(eos, dtype))
 
     def _encode_chats(self, kept: Iterator[_Kept]) -> Encoded:
@@ -108,9 +108,12 @@ class Encoder:
         from opmix_dist.data.chat import render
 
         if not isinstance(document, Conversation):
-            raise FileFault(file, "holds no chats: pass it with --domain in place of --chat-domain")
+            raise FileFault(file, " holds no chats: pass it with --domain in place of --chat-domain")
         opening = str(document.messages[0].get("content") or "")[:QUOTED_CHARS]
-        ids, spans = render(self.tokenizer.full(), document, f"the conversation that begins {opening!r}")
+        try:
+            ids, spans = render(self.tokenizer.full(), document, f"the conversation that begins {opening!r}")
+        except UserError as error:
+            raise FileFault(file, f": {error}") from None
         check_ids(ids, file, self.tokenizer.vocab_size)
         return ids, spans
 

@@ -67,7 +67,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> Catalogue:
         UserError: a source that cannot be read, a finished domain with other settings, a domain too small for
             its splits, or a failed write; nothing half-written gets a domain's name.
     """
-    root = Path(config.out)
+    root = Path(config.out).absolute()  # workers may be elsewhere
     with exclusive(root), Report(console or Console(stderr=True)) as report:
         grams = _read_grams(config, report)
         template = _read_template(config)
@@ -76,11 +76,11 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> Catalogue:
         plan = make_plan(root, settings, overwrite=config.overwrite)
         for name in plan.kept:
             report.say(f"{name}: already prepared")
-        jobs = _open_jobs(config, plan, files)
+        jobs = _open_jobs(root, config, plan, files)
         if jobs:
             with Pool(config.workers, set_up_worker, grams) as pool:
                 _Ingest(config, jobs, template, pool, report).run()
-    return Catalogue.open(root, list(settings))
+    return Catalogue.open(config.out, list(settings))
 
 
 def _read_grams(config: PrepareConfig, report: Report) -> Grams | None:
@@ -106,11 +106,13 @@ def _read_template(config: PrepareConfig) -> str | None:
         raise UserError(f"--chat-template {config.chat_template} cannot be read: {error}") from None
 
 
-def _open_jobs(config: PrepareConfig, plan: Plan, files: Mapping[str, Sequence[SourceFile]]) -> list[Job]:
+def _open_jobs(
+    root: Path, config: PrepareConfig, plan: Plan, files: Mapping[str, Sequence[SourceFile]]
+) -> list[Job]:
     """The domains that are still to be made; those of which only the last move was missing are moved."""
     jobs = []
     for name in plan.todo:
-        staging = Staging(Path(config.out) / name, plan.settings[name])
+        staging = Staging(root / name, plan.settings[name])
         if staging.complete:
             staging.publish()
         else:
@@ -129,7 +131,7 @@ class _Ingest:
     ) -> None:
         self._config, self._jobs, self._template = config, jobs, template
         self._pool, self._report = pool, report
-        self._root = Path(config.out)
+        self._root = Path(config.out).absolute()
 
     def run(self) -> None:
         tokenizer = self._known_tokenizer()

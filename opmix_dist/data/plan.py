@@ -39,7 +39,7 @@ class Job:
         try:
             yield
         except FileFault as fault:
-            raise UserError(f"{self.files[fault.file].name} {fault.reason}") from None
+            raise UserError(f"{self.files[fault.file].name}{fault.reason}") from None
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ def _shared_settings(config: PrepareConfig, grams: str | None) -> Settings:
         "eval_fraction": None if exact else config.eval_fraction,
         "max_eval_documents": config.max_eval_documents,
         "eval_documents": config.eval_documents,
-        "decontaminate": grams,
         "decontaminate_ngram": None if grams is None else config.decontaminate_ngram,
+        "decontaminate": grams,
         "text_field": config.text_field,
         "token_dtype": config.token_dtype,
         "compression": config.compression,

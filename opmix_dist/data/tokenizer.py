@@ -141,6 +141,6 @@ def check_ids(ids: np.ndarray, file: int, vocab_size: int) -> None:
         wrong = int(ids.max()) if ids.max() >= vocab_size else int(ids.min())
         raise FileFault(
             file,
-            f"holds the token id {wrong}, but the tokenizer has ids below {vocab_size}: pass the "
+            f" holds the token id {wrong}, but the tokenizer has ids below {vocab_size}: pass the "
             f"--tokenizer that made the file, and its --token-dtype",
         )

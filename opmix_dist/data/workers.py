@@ -1,6 +1,7 @@
 """The processes that parse and tokenise: one pool for all stages and all domains of an ingest.
 
-Workers are spawned, as a fork of a process that has run threads may hang.
+Workers are forked from a server process that has imported what they need and does nothing else: a fork of the
+caller, which may have run threads, may hang, and a process of its own for each worker imports for seconds.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from opmix_dist.errors import UserError
 
 TASKS_PER_WORKER = 3  # chunks in flight: keeps workers busy and bounds memory
 
+PRELOAD = "opmix_dist.data.preload"
+
 K = TypeVar("K")
 R = TypeVar("R")
 
@@ -35,7 +38,7 @@ class Task(Generic[K, R]):
 
 
 class FileFault(Exception):
-    """What is wrong with a document, raised in a worker that knows its file by number only."""
+    """What is wrong with a document, to follow its file's name, which a worker does not know."""
 
     def __init__(self, file: int, reason: str) -> None:
         super().__init__(file, reason)
@@ -53,9 +56,11 @@ class Pool:
 
     def __init__(self, workers: int, setup: Callable[..., None] | None = None, *arguments: Any) -> None:
         self.workers = workers
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([PRELOAD])
         self._executor = ProcessPoolExecutor(
             workers,
-            mp_context=multiprocessing.get_context("spawn"),
+            mp_context=context,
             initializer=_start,
             initargs=(setup, arguments),
         )

@@ -1,248 +1,284 @@
-"""``opmix prepare`` end to end: what is on disk decodes to the sources, whatever happens on the way."""
+"""``opmix prepare`` end to end: what is on disk decodes to the sources."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import json
-import os
-import resource
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
-from pyarrow import parquet
 from rich.console import Console
 
-from opmix_dist.data.catalogue import Catalogue, Split, check_domain_name, tokenizer_fingerprint
-from opmix_dist.data.ingest import PrepareConfig, prepare
-from opmix_dist.data.mds import import_streaming
-from opmix_dist.data.sources import FileSource, parse_domains
-from opmix_dist.data.survey import document_digest, survey
+from opmix_dist.data.catalogue import Catalogue, SourceInfo, check_domain_name, tokenizer_fingerprint
+from opmix_dist.data.ingest import prepare
+from opmix_dist.data.survey import document_digest
 from opmix_dist.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer, vocab_size
 from opmix_dist.errors import UserError
-
-T = 16
-SILENT = Console(file=io.StringIO())
-
-
-def make_texts(seed: int, count: int, words: int = 60) -> list[str]:
-    """Distinct documents with odd white space and characters of one to four bytes."""
-    rng = np.random.default_rng(seed)
-    vocabulary = ["alpha", "bêta", "γάμμα", "delta\n", "  eps", "😀", "7", "zeta", END_OF_TEXT]
-    return [f"{seed}.{number} " + " ".join(rng.choice(vocabulary, words).tolist()) for number in range(count)]
-
-
-def write_texts(folder: Path, texts: Sequence[str]) -> str:
-    folder.mkdir(parents=True)
-    for number, text in enumerate(texts):
-        (folder / f"{number:05}.txt").write_text(text, encoding="utf-8", newline="")
-    return str(folder)
-
-
-def config(out: Path, domains: dict[str, list[str]], **settings: object) -> PrepareConfig:
-    plain = {"vocab_size": 300, "sequence_length": T, "eval_fraction": 0.2, "workers": 1}
-    return PrepareConfig(out=out, domains=domains, **{**plain, **settings})
-
-
-def read_tokens(catalogue: Catalogue, name: str, split: Split) -> np.ndarray:
-    """All tokens of a split, [samples * T], through streaming's own reader."""
-    import_streaming()
-    from streaming.base.format import reader_from_json
-
-    folder = catalogue.split_dir(name, split)
-    index = json.loads((folder / "index.json").read_text())
-    shards = [reader_from_json(str(folder.parent), folder.name, shard) for shard in index["shards"]]
-    return np.concatenate([shard[i]["tokens"] for shard in shards for i in range(shard.samples)])
-
-
-def digests(root: Path) -> dict[str, str]:
-    """Every file's path and hash, hidden ones included."""
-    files = (file for file in root.rglob("*") if file.is_file())
-    return {str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+from tests.data.corpora import (
+    CHAT_TEMPLATE,
+    SILENT,
+    T,
+    chat,
+    config,
+    digests,
+    make_texts,
+    read_documents,
+    read_samples,
+    write_lines,
+    write_texts,
+)
 
 
 @pytest.fixture(scope="module")
 def corpus(streaming: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     folder = tmp_path_factory.mktemp("corpus")
-    return {name: [write_texts(folder / name, make_texts(seed, 80))] for seed, name in enumerate("ab")}
+    return {
+        "a": [write_lines(folder / "a", make_texts(0, 80), files=6)],
+        "b": [write_texts(folder / "b", make_texts(1, 80))],
+    }
 
 
 @pytest.fixture(scope="module")
 def prepared(corpus: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
-    return prepare(config(tmp_path_factory.mktemp("data"), corpus), SILENT)
+    return prepare(config(tmp_path_factory.mktemp("data"), corpus, shard_bytes=4_000), SILENT)
 
 
 # --- content -----------------------------------------------------------------------------------------------
 
 
-def test_shards_decode_to_the_documents_each_with_eos(prepared: Catalogue) -> None:
+def test_samples_give_every_document_back_each_with_eos(prepared: Catalogue) -> None:
+    """Nothing is lost: train and eval together are the corpus, in its order within each split."""
     tokenizer = prepared.load_tokenizer()
     for seed, name in enumerate(prepared.names):
-        texts = make_texts(seed, 80)
-        found = survey(texts, set(), seed=0, eval_fraction=0.2, max_eval=None)
-        info = prepared.domains[name]
-        dropped = 0
-        for split in ("train", "eval"):
-            held = [text for text, chosen in zip(texts, found.splits(), strict=True) if chosen == split]
-            tokens = read_tokens(prepared, name, split)
-            decoded = tokenizer.decode(tokens)
-            wanted = "".join(text + END_OF_TEXT for text in held)
-            # The tail that fills no sample is missing; it may cut a character, which decodes to U+FFFD.
-            assert wanted.startswith(decoded.rstrip("\ufffd"))
-            assert len(wanted.encode()) - len(decoded.encode()) < 20 * T
-            assert tokens.dtype == np.uint16
-            assert len(tokens) == info.splits[split].tokens == info.splits[split].samples * T
-            assert info.splits[split].documents == len(held)
-            dropped += len(wanted) > len(decoded)
-        assert 0 < info.tokens_dropped < 2 * T
-        assert dropped
+        texts, info = make_texts(seed, 80), prepared.domains[name]
+        found = {split: read_documents(prepared, name, split) for split in ("train", "eval")}
+        decoded = {split: [tokenizer.decode(ids) for ids in ids_of] for split, ids_of in found.items()}
+        assert sorted(decoded["train"] + decoded["eval"]) == sorted(text + END_OF_TEXT for text in texts)
+        for split, documents in decoded.items():
+            assert documents == [text + END_OF_TEXT for text in texts if text + END_OF_TEXT in documents]
+            samples = read_samples(prepared, name, split)
+            lengths = [len(sample.tokens) for sample in samples]
+            assert lengths[:-1] == [T] * (len(samples) - 1)
+            assert 0 < lengths[-1] <= T
+            assert all(sample.tokens.dtype == np.uint16 and sample.spans is None for sample in samples)
+            size = info.splits[split]
+            assert (size.samples, size.tokens) == (len(samples), sum(lengths))
+            assert size.documents == len(documents)
+        assert info.tokens_dropped == 0
 
 
 def test_a_document_that_writes_the_end_token_does_not_end_there(prepared: Catalogue) -> None:
     eos = prepared.load_tokenizer().eos_token_id
     for name in prepared.names:
-        for split in ("train", "eval"):
-            ends = int((read_tokens(prepared, name, split) == eos).sum())
-            documents = prepared.domains[name].splits[split].documents
-            assert documents - 1 <= ends <= documents  # the last end may lie in the dropped tail
+        documents = read_documents(prepared, name, "train")
+        assert all(ids.index(eos) == len(ids) - 1 for ids in documents)
 
 
-def test_bytes_do_not_depend_on_the_number_of_workers(
+def test_shards_are_cut_and_hashed(prepared: Catalogue) -> None:
+    index = json.loads((prepared.split_dir("a", "train") / "index.json").read_text())
+    assert len(index["shards"]) > 3
+    assert all(shard["raw_data"]["bytes"] < 2 * 4_000 for shard in index["shards"])
+    assert all("xxh3_128" in shard["raw_data"]["hashes"] for shard in index["shards"])
+
+
+@pytest.mark.parametrize("settings", [{"workers": 2}, {"record_seconds": 0.0}])
+def test_bytes_depend_on_neither_the_workers_nor_the_records(
+    prepared: Catalogue, corpus: dict[str, list[str]], tmp_path: Path, settings: dict[str, float]
+) -> None:
+    prepare(config(tmp_path / "again", corpus, shard_bytes=4_000, **settings), SILENT)
+    assert digests(tmp_path / "again") == digests(prepared.root)
+
+
+def test_compressed_shards_hold_the_same(
     prepared: Catalogue, corpus: dict[str, list[str]], tmp_path: Path
 ) -> None:
-    prepare(config(tmp_path / "two", corpus, workers=2), SILENT)
-    assert digests(tmp_path / "two") == digests(prepared.root)
+    zipped = prepare(config(tmp_path / "zstd", corpus, shard_bytes=4_000, compression="zstd"), SILENT)
+    names = {file.name for file in (zipped.root / "a" / "train").glob("shard*")}
+    index = json.loads((zipped.root / "a" / "train" / "index.json").read_text())
+    assert names == {shard["zip_data"]["basename"] for shard in index["shards"]}
+    assert all(name.endswith(".mds.zstd") for name in names)
+    for shard in index["shards"]:
+        folder = zipped.root / "a" / "train"
+        packed = (folder / shard["zip_data"]["basename"]).read_bytes()
+        (folder / shard["raw_data"]["basename"]).write_bytes(zstandard.decompress(packed))
+    assert read_documents(zipped, "a", "train") == read_documents(prepared, "a", "train")
 
 
-def test_compressed_lines_and_parquet_equal_text_files(tmp_path: Path) -> None:
-    texts = make_texts(5, 40)
-    lines = [json.dumps({"id": i, "body": text}).encode() + b"\n" for i, text in enumerate(texts)]
-    half = len(lines) // 2
-    (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"".join(lines)))
-    frames = [zstandard.compress(b"".join(part)) for part in (lines[:half], lines[half:])]
-    (tmp_path / "c.jsonl.zst").write_bytes(b"".join(frames))  # what parallel compressors write
-    parquet.write_table(pa.table({"body": texts, "id": range(40)}), tmp_path / "d.parquet", row_group_size=7)
-    plain = list(FileSource([write_texts(tmp_path / "plain", texts)]).documents())
-    assert plain == texts
-    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet"):
-        assert list(FileSource([str(tmp_path / name)], "body").documents()) == texts, name
+def test_the_files_that_were_read_are_listed(prepared: Catalogue, corpus: dict[str, list[str]]) -> None:
+    texts, folder = make_texts(0, 80), Path(corpus["a"][0])
+    lines = (prepared.root / "a" / "sources.jsonl").read_bytes()
+    found = [SourceInfo.model_validate_json(line) for line in lines.splitlines()]
+    assert [info.name for info in found] == [str(folder / f"{number:03}.jsonl") for number in range(6)]
+    assert [info.documents for info in found] == [14, 14, 13, 13, 13, 13]
+    assert found[1].bytes == (folder / "001.jsonl").stat().st_size
+    of_second = b"".join(document_digest(text) for text in texts[14:28])
+    assert found[1].sha256 == hashlib.sha256(of_second).hexdigest()
+    assert prepared.domains["a"].sources_sha256 == hashlib.sha256(lines).hexdigest()
+    kept = (prepared.root / "a" / "digests.bin").read_bytes()
+    assert kept == b"".join(document_digest(text) for text in texts)
+    assert prepared.domains["a"].digests_sha256 == hashlib.sha256(kept).hexdigest()
 
 
-def test_globs_and_folders_are_sorted_and_counted_once(tmp_path: Path) -> None:
-    folder = write_texts(tmp_path / "t", ["zero", "one"])
-    source = FileSource([f"{folder}/*1.txt", folder, f"{folder}/00000.txt"])
-    assert list(source.documents()) == ["zero", "one"]
+def test_few_tokens_make_one_short_sample(streaming: None, tmp_path: Path) -> None:
+    folder = write_texts(tmp_path / "t", ["one", "two", "three"])
+    catalogue = prepare(
+        config(tmp_path / "out", {"a": [folder]}, sequence_length=512, eval_documents=1), SILENT
+    )
+    assert catalogue.samples("train").tolist() == catalogue.samples("eval").tolist() == [1]
+    assert len(read_documents(catalogue, "a", "train")) == 2
 
 
-# --- duplicates and splits ---------------------------------------------------------------------------------
+# --- what is left out, and what is held out ----------------------------------------------------------------
 
 
-def test_a_document_stays_in_the_first_domain_only() -> None:
-    seen: set[bytes] = set()
-    first = survey(["x y", "x  y\n", " ", "z"], seen, seed=0, eval_fraction=0.5, max_eval=None)
-    second = survey(["z ", "w", "x\ty"], seen, seed=0, eval_fraction=0.5, max_eval=None)
-    assert (first.documents, first.duplicates, first.empty) == (2, 1, 1)
-    assert list(first.kept(["x y", "x  y\n", " ", "z"])) == ["x y", "z"]
-    assert (second.documents, second.duplicates, second.empty) == (1, 2, 0)
-    assert list(second.kept(["z ", "w", "x\ty"])) == ["w"]
+def test_duplicates_over_domains_and_runs_are_counted(corpus: dict[str, list[str]], tmp_path: Path) -> None:
+    """A finished domain counts by its digests: its source is not even there any more."""
+    first = {"a": [write_texts(tmp_path / "first", make_texts(0, 80))]}
+    repeated = write_texts(tmp_path / "c", make_texts(0, 3) + make_texts(7, 60) + [" \n"])
+    together = prepare(config(tmp_path / "one", {**first, "c": [repeated]}), SILENT)
+    prepare(config(tmp_path / "two", first), SILENT)
+    for file in Path(first["a"][0]).iterdir():
+        file.write_bytes(b"x" * file.stat().st_size)  # what a second reading would find
+    apart = prepare(config(tmp_path / "two", {**first, "c": [repeated]}), SILENT)
+    for catalogue in (together, apart):
+        info = catalogue.domains["c"]
+        assert (info.documents_duplicate, info.documents_empty) == (3, 1)
+        assert info.splits["train"].documents + info.splits["eval"].documents == 60
 
 
-def test_duplicates_are_counted_on_disk(corpus: dict[str, list[str]], tmp_path: Path) -> None:
-    repeated = write_texts(tmp_path / "c", make_texts(0, 3) + make_texts(7, 60))
-    catalogue = prepare(config(tmp_path / "out", {"a": corpus["a"], "c": [repeated]}), SILENT)
-    assert catalogue.domains["a"].documents_duplicate == 0
-    assert catalogue.domains["c"].documents_duplicate == 3
+def test_a_damaged_list_of_digests_is_refused(corpus: dict[str, list[str]], tmp_path: Path) -> None:
+    prepare(config(tmp_path, {"a": corpus["a"]}), SILENT)
+    (tmp_path / "a" / "digests.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"a/digests.bin is missing or damaged: prepare a again"):
+        prepare(config(tmp_path, corpus), SILENT)
 
 
-@given(st.permutations(list(range(40))), st.integers(0, 2**63 - 1), st.none() | st.integers(1, 5))
-def test_the_split_follows_content_and_not_order(order: list[int], seed: int, max_eval: int | None) -> None:
-    texts = [f"document {number}" for number in range(40)]
-
-    def held_out(documents: list[str]) -> set[str]:
-        found = survey(documents, set(), seed=seed, eval_fraction=0.3, max_eval=max_eval)
-        train = set(found.train(documents))
-        assert len(train) + sum(split == "eval" for split in found.splits()) == 40
-        return set(documents) - train
-
-    shuffled = held_out([texts[i] for i in order])
-    assert shuffled == held_out(texts)
-    assert max_eval is None or len(shuffled) <= max_eval
+def test_exactly_so_many_documents_are_held_out(corpus: dict[str, list[str]], tmp_path: Path) -> None:
+    catalogue = prepare(config(tmp_path / "out", corpus, eval_documents=13), SILENT)
+    assert [catalogue.domains[name].splits["eval"].documents for name in "ab"] == [13, 13]
+    with pytest.raises(UserError, match="domain a has 80 documents, not more than the 80 to hold out"):
+        prepare(config(tmp_path / "all", corpus, eval_documents=80), SILENT)
 
 
-def test_the_held_out_share_is_the_one_asked_for() -> None:
-    """10,000 draws at 0.05: 500 expected, standard deviation 21.8; the bound is five of them."""
-    found = survey(map(str, range(10_000)), set(), seed=3, eval_fraction=0.05, max_eval=None)
-    assert abs(sum(split == "eval" for split in found.splits()) - 500) < 109
-    capped = survey(map(str, range(10_000)), set(), seed=3, eval_fraction=0.05, max_eval=100)
-    assert sum(split == "eval" for split in capped.splits()) == 100
-
-
-@given(
-    st.lists(st.sampled_from(["a", "b"]), min_size=1),
-    st.lists(st.sampled_from([" ", "\n", "\t"]), min_size=1),
-)
-def test_white_space_does_not_hide_a_duplicate(words: list[str], spaces: list[str]) -> None:
-    stretched = "".join(word + "".join(spaces) for word in words)
-    assert document_digest(stretched) == document_digest(" ".join(words))
-
-
-# --- interruption and reruns -------------------------------------------------------------------------------
-
-RUN = """
-import sys
-from pathlib import Path
-from opmix_dist.data.ingest import PrepareConfig, prepare
-a, b, out = sys.argv[1:]
-prepare(PrepareConfig(out=Path(out), domains={"a": [a], "b": [b]}, vocab_size=300, sequence_length=16,
-                      eval_fraction=0.2, workers=1))
-"""
-
-
-def test_a_killed_run_leaves_no_half_domain_and_no_process_and_repeats_to_the_same_bytes(
-    corpus: dict[str, list[str]], tmp_path: Path
+def test_documents_that_share_words_with_evaluation_texts_are_dropped(
+    streaming: None, tmp_path: Path
 ) -> None:
-    big = write_texts(tmp_path / "big", make_texts(9, 500, words=500))
-    domains = {"a": corpus["a"], "b": [big]}
-    out = tmp_path / "killed"
-    command = [sys.executable, "-c", RUN, corpus["a"][0], big, str(out)]
-    child = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-    wait_until(lambda: (out / "a").exists() and (out / ".b.tmp" / "train").exists())
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    assert Catalogue.open(out).names == ("a",)
-    wait_until(lambda: not group_lives(child.pid))
-    finished = (out / "a" / "domain.json").stat().st_mtime_ns
-    for folder in (out, tmp_path / "whole"):
-        prepare(config(folder, domains), SILENT)
-    assert (out / "a" / "domain.json").stat().st_mtime_ns == finished
-    assert digests(out) == digests(tmp_path / "whole")
+    texts = make_texts(0, 60)
+    leak = "the answer to the first question of the test is forty two"
+    spoilt = [f"{texts[0]} {leak.upper()}!", f"see:\n{leak}", leak.replace("first", "second")]
+    folder = write_texts(tmp_path / "t", texts + spoilt)
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"text": f"Q: {leak}, they say"}) + "\n")
+    said = io.StringIO()
+    settings = {"decontaminate": [str(tmp_path / "eval.jsonl")], "decontaminate_ngram": 8}
+    catalogue = prepare(config(tmp_path / "out", {"a": [folder]}, **settings), Console(file=said, width=200))
+    decode = catalogue.load_tokenizer().decode
+    kept = [decode(ids) for split in ("train", "eval") for ids in read_documents(catalogue, "a", split)]
+    assert sorted(kept) == sorted(text + END_OF_TEXT for text in [*texts, spoilt[2]])
+    assert catalogue.domains["a"].documents_contaminated == 2
+    assert "2 documents with words of the evaluation texts dropped" in said.getvalue()
+    with pytest.raises(UserError, match="another `decontaminate_ngram`"):
+        prepare(config(tmp_path / "out", {"a": [folder]}, **{**settings, "decontaminate_ngram": 9}), SILENT)
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"text": "other words that nobody shares here"}) + "\n")
+    with pytest.raises(UserError, match="another `decontaminate`"):
+        prepare(config(tmp_path / "out", {"a": [folder]}, **settings), SILENT)
 
 
-def wait_until(happened: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)
+def test_a_split_without_documents_is_refused(streaming: None, tmp_path: Path) -> None:
+    folder = write_texts(tmp_path / "t", make_texts(0, 20))
+    with pytest.raises(UserError, match="empty domain: a has 20 documents to train on and 0 held out"):
+        prepare(config(tmp_path / "out", {"a": [folder]}, eval_fraction=1e-9), SILENT)
+    assert not (tmp_path / "out" / "a").exists()
 
 
-def group_lives(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+# --- chats and token ids -----------------------------------------------------------------------------------
+
+
+def test_chats_are_fitted_whole_with_what_is_learnt(streaming: None, tmp_path: Path) -> None:
+    chats = [chat(f"q{number}", *[f"answer {number}"] * (1 + number % 3)) for number in range(60)]
+    long = chat("a question that is longer than a sample " * 20, "never seen")
+    cut = chat("q", "seen " * 200)
+    folder = write_lines(tmp_path / "t", [*chats, long, cut, chats[0]], files=3)
+    (tmp_path / "template").write_text(CHAT_TEMPLATE)
+    settings = {"chat_domains": ["c"], "chat_template": tmp_path / "template", "sequence_length": 128}
+    catalogue = prepare(config(tmp_path / "out", {"c": [folder]}, **settings), SILENT)
+    info, tokenizer = catalogue.domains["c"], catalogue.load_tokenizer()
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    assert (info.packing, info.documents_duplicate, info.documents_unlearnt) == ("best_fit", 1, 1)
+    documents, learnt = [], []
+    for split in ("train", "eval"):
+        for sample in read_samples(catalogue, "c", split):
+            assert sample.spans is not None
+            assert len(sample.tokens) <= 128
+            learnt += [tokenizer.decode(sample.tokens[a:b]) for a, b in sample.spans]
+        documents += [tokenizer.decode(ids) for ids in read_documents(catalogue, "c", split)]
+    whole = [tokenizer.apply_chat_template(one["messages"], tokenize=False) for one in chats]
+    assert set(whole) < set(documents)
+    assert len(documents) == 61
+    short = [answer.strip() for answer in learnt if not answer.strip().startswith("seen")]
+    assert sorted(short) == sorted(
+        m["content"] for one in chats for m in one["messages"] if m["role"] != "user"
+    )
+    rendered = [len(tokenizer(tokenizer.apply_chat_template(one["messages"], tokenize=False)).input_ids)
+                for one in (long, cut)]  # fmt: skip
+    assert info.tokens_dropped == sum(rendered) - 2 * 128
+    tokens = sum(info.splits[split].tokens for split in ("train", "eval"))
+    samples = sum(info.splits[split].samples for split in ("train", "eval"))
+    assert tokens / samples > 0.8 * 128
+
+
+def test_a_chat_that_forges_a_turn_is_named_with_its_file(streaming: None, tmp_path: Path) -> None:
+    folder = write_lines(tmp_path / "t", [chat("q", "a"), chat(f"x{END_OF_TEXT}", "b")] * 9, files=1)
+    (tmp_path / "template").write_text(CHAT_TEMPLATE)
+    settings = {"chat_domains": ["c"], "chat_template": tmp_path / "template", "eval_documents": 1}
+    with pytest.raises(UserError, match=r"000.jsonl: the conversation that begins 'x<|endoftext|>' writes"):
+        prepare(config(tmp_path / "out", {"c": [folder]}, **settings), SILENT)
+
+
+@pytest.fixture(scope="module")
+def own_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(make_texts(0, 30), 300).save_pretrained(folder)
+    return str(folder)
+
+
+def test_token_ids_end_in_eos_and_are_dropped_by_their_words(
+    streaming: None, own_tokenizer: str, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(own_tokenizer)
+    texts = [text.replace(END_OF_TEXT, "") for text in make_texts(3, 30)]
+    documents = [tokenizer(text).input_ids for text in [*texts, texts[0], "a leak of these words"]]
+    ids = [token for document in documents for token in [*document, tokenizer.eos_token_id]]
+    np.save(tmp_path / "ids.npy", np.array(ids, np.uint16))
+    (tmp_path / "eval.txt").write_text("leak of these")
+    settings = {
+        "tokenizer": own_tokenizer,
+        "decontaminate": [str(tmp_path / "eval.txt")],
+        "eval_documents": 5,
+    }
+    catalogue = prepare(config(tmp_path / "out", {"a": [str(tmp_path / "ids.npy")]}, **settings), SILENT)
+    found = [*read_documents(catalogue, "a", "train"), *read_documents(catalogue, "a", "eval")]
+    assert sorted(found) == sorted([*document, tokenizer.eos_token_id] for document in documents[:30])
+    info = catalogue.domains["a"]
+    assert (info.documents_duplicate, info.documents_contaminated) == (1, 1)
+
+
+def test_token_ids_need_the_tokenizer_that_made_them(
+    streaming: None, own_tokenizer: str, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "ids.npy", np.array([5, 0, 400, 0], np.uint16))
+    domains = {"a": [str(tmp_path / "ids.npy")]}
+    with pytest.raises(UserError, match=r"ids.npy.*--tokenizer"):
+        prepare(config(tmp_path / "none", domains), SILENT)
+    with pytest.raises(UserError, match=r"ids.npy holds the token id 400, .* has ids below 300"):
+        prepare(config(tmp_path / "other", domains, tokenizer=own_tokenizer), SILENT)
+
+
+# --- what is there already ---------------------------------------------------------------------------------
 
 
 def test_a_finished_domain_is_kept_or_refused_or_replaced(
@@ -281,27 +317,6 @@ def test_a_changed_source_is_noticed(tmp_path: Path) -> None:
         prepare(config(tmp_path / "out", {"a": [folder]}), SILENT)
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file may grow past 12,000 bytes: a write beyond fails as it does on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.usefixtures("streaming", "small_files")
-def test_a_failed_write_is_one_clear_error_and_leaves_nothing(tmp_path: Path) -> None:
-    sources = {"a": [write_texts(tmp_path / "a", make_texts(0, 20, words=20))],
-               "b": [write_texts(tmp_path / "b", make_texts(1, 200))]}  # fmt: skip
-    with pytest.raises(UserError, match=r"cannot write .*/out/b: File too large"):
-        prepare(config(tmp_path / "out", sources, vocab_size=260), SILENT)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "tokenizer"]
-    with pytest.raises(UserError, match=r"cannot write .*/big/tokenizer: File too large"):
-        prepare(config(tmp_path / "big", sources, vocab_size=900), SILENT)
-    assert not list((tmp_path / "big").iterdir())
-
-
 def test_a_folder_of_the_users_own_is_never_replaced(corpus: dict[str, list[str]], tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     with pytest.raises(UserError, match="is in the way"):
@@ -309,55 +324,6 @@ def test_a_folder_of_the_users_own_is_never_replaced(corpus: dict[str, list[str]
 
 
 # --- what is refused ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        (b'{"text": "cut', "not valid JSON"),
-        (b'{"body": "x"}', "no field 'text'"),
-        (b'["x"]', "no field 'text'"),
-        (b'{"text": 3}', "is int, not text"),
-        (b'{"text": "\\ud800"}', "half a surrogate pair"),
-        (b'{"text": "\xff"}', "not valid JSON"),
-        (b"[" * 200_000, "not valid JSON"),
-    ],
-)
-def test_a_malformed_line_names_file_and_line(tmp_path: Path, line: bytes, reason: str) -> None:
-    file = tmp_path / "x.jsonl"
-    file.write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
-    with pytest.raises(UserError) as caught:
-        list(FileSource([str(file)]).documents())
-    assert str(caught.value).startswith(f"{file}:3")
-    assert reason in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".parquet"])
-def test_a_cut_off_file_is_refused(tmp_path: Path, suffix: str) -> None:
-    file = tmp_path / f"x{suffix}"
-    line = b'{"text": "some text that goes on"}\n'
-    if suffix == ".parquet":
-        parquet.write_table(pa.table({"text": ["a", "b"]}), file)
-    else:
-        file.write_bytes((gzip if suffix.endswith("gz") else zstandard).compress(line * 999))
-    file.write_bytes(file.read_bytes()[:-6])
-    with pytest.raises(UserError, match=str(file)):
-        list(FileSource([str(file)]).documents())
-
-
-def test_sources_that_cannot_be_read_are_named(tmp_path: Path) -> None:
-    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
-    parquet.write_table(pa.table({"body": ["a", None]}), tmp_path / "t.parquet")
-    for name, field, reason in [
-        ("latin.txt", "text", "not UTF-8 text .byte 0."),
-        ("absent/*.txt", "text", "matches no file"),
-        ("t.parquet", "text", "no column 'text', but body"),
-        ("t.parquet", "body", "row 2: 'body' is NoneType"),
-    ]:
-        with pytest.raises(UserError, match=reason):
-            list(FileSource([str(tmp_path / name)], field).documents())
-
 
 HOSTILE = ["..", ".", "", "../x", "a/b", "/etc", ".hidden", "-flag", "a\n", "a b", "x" * 65, "tokenizer", "é"]
 
@@ -370,18 +336,15 @@ def test_a_hostile_domain_name_is_refused(name: str, tmp_path: Path) -> None:
         config(tmp_path, {name: ["x"]})
 
 
-def test_domain_arguments() -> None:
-    assert parse_domains(["w=a/*.x", "w=b", "c.d=e=f"]) == {"w": ["a/*.x", "b"], "c.d": ["e=f"]}
-    for bad in ("w", "w=", "../w=a"):
-        with pytest.raises(UserError):
-            parse_domains([bad])
-
-
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
         ({"eval_fraction": 1.0}, "--eval-fraction"),
+        ({"eval_documents": 0}, "--eval-documents"),
+        ({"eval_documents": 1, "max_eval_documents": 1}, "either --eval-documents or --max-eval-documents"),
         ({"sequence_length": 1}, "--sequence-length"),
+        ({"decontaminate_ngram": 0}, "--decontaminate-ngram"),
+        ({"shard_bytes": 0}, "--shard-bytes"),
         ({"vocab_size": 256}, "--vocab-size"),
         ({"workers": 0}, "--workers"),
         ({"seed": -1}, "--seed"),
@@ -391,14 +354,6 @@ def test_domain_arguments() -> None:
 def test_settings_out_of_range_are_named(settings: dict[str, object], named: str) -> None:
     with pytest.raises(UserError, match=named):
         config(Path("out"), {"a": ["x"]}, **settings)
-
-
-@pytest.mark.usefixtures("streaming")
-def test_too_little_text_for_one_sample_is_refused(tmp_path: Path) -> None:
-    folder = write_texts(tmp_path / "t", make_texts(0, 20))
-    with pytest.raises(UserError, match=r"empty domain: a has .* eval documents"):
-        prepare(config(tmp_path / "out", {"a": [folder]}, eval_fraction=1e-9), SILENT)
-    assert not (tmp_path / "out" / "a").exists()
 
 
 # --- the catalogue -----------------------------------------------------------------------------------------
@@ -442,7 +397,7 @@ FULL_SPLIT = {"samples": 1, "tokens": T, "documents": 1}
         ({"splits": {"train": FULL_SPLIT, "eval": EMPTY_SPLIT}}, "empty domain: b .* eval split"),
         ({"splits": {"train": FULL_SPLIT}}, r"splits \['train'\]"),
         ({"name": "a"}, "describes 'a'"),
-        ({"format_version": 2}, "`format_version`"),
+        ({"format_version": 1}, "`format_version`"),
         ({"unheard_of": 1}, "`unheard_of`"),
         ({"settings": {"x": "y" * (1 << 20)}}, "larger than"),
     ],
