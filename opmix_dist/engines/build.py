@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import PreTrainedModel
 
 from opmix_dist.config import RunConfig
@@ -43,4 +44,6 @@ def build_engine(config: RunConfig, model: PreTrainedModel, world: World, sequen
             architecture=architecture,
             attention=config.model.attention,
         )
+        # a block that was compiled for the trial's short samples would be compiled for any shape next
+        torch.compiler.reset()
     return engine

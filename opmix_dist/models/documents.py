@@ -40,7 +40,7 @@ def require_documents_apart(
         UserError: the documents are not apart, or the model takes no position ids.
     """
     what = f"{architecture} with model.attention {attention}"
-    half = min(sequence_length // 2, _LONGEST)
+    half = min(max(sequence_length // 2, 2), _LONGEST)
     try:
         mixed = _difference(losses, vocab_size, half, mask_documents=False)
         leaked = _difference(losses, vocab_size, half, mask_documents=True)

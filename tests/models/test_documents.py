@@ -127,17 +127,27 @@ def require_apart(model: torch.nn.Module, length: int = LENGTH) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", [4, 2048])
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt2", "gpt_neox"])
-def test_models_that_keep_documents_apart_are_let_through(model_type: str, length: int) -> None:
-    require_apart(build(model_type, "sdpa"), length)
+def test_models_that_keep_documents_apart_are_let_through(
+    model_type: str, length: int, dtype: torch.dtype
+) -> None:
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        require_apart(build(model_type, "sdpa"), length)
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "mamba", "xglm"])
 def test_models_that_cannot_keep_documents_apart_are_refused(model_type: str) -> None:
     """No positions to pass, a state that runs through all tokens, and a mask of its own."""
-    with pytest.raises(UserError, match=r"data.mask_documents: \w+ with model.attention some does not keep"):
-        require_apart(build(model_type))
+    for dtype in (torch.float32, torch.bfloat16):
+        with (
+            torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+            pytest.raises(
+                UserError, match=r"data.mask_documents: \w+ with model.attention some does not keep"
+            ),
+        ):
+            require_apart(build(model_type))
 
 
 class OneMaskForAll(torch.nn.Module):

@@ -115,3 +115,15 @@ def complete(config: dict[str, Any], ranks: int, *, overrides: tuple[str, ...] =
     job = Job(config, ranks, overrides=overrides)
     assert job.finish() == 0, job.log()
     return job.run
+
+
+def curve(run: RunDir) -> list[tuple]:
+    """Everything of the training log that must not depend on an interruption."""
+    return [
+        (line.step, line.loss, line.grad_norm, line.lr, line.domain_loss, line.mixture_version)
+        for line in run.train_lines()
+    ]
+
+
+def schedule(run: RunDir) -> list[tuple]:
+    return [(r.version, r.step, r.weights, r.changed) for r in run.mixtures()]

@@ -24,7 +24,7 @@ from opmix_dist.exchange.schemas import SearchStage
 from opmix_dist.models.loss import losses_by_domain, sample_loss_sums
 from tests.conftest import DOMAINS
 from tests.helpers import ROOT
-from tests.train.jobs import BATCH, LENGTH, SEARCH_STEP, STEPS, Job, complete, tiny_config
+from tests.train.jobs import BATCH, LENGTH, SEARCH_STEP, STEPS, Job, complete, curve, schedule, tiny_config
 
 pytestmark = pytest.mark.launch
 
@@ -33,18 +33,6 @@ pytestmark = pytest.mark.launch
 def finished(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """Two trainer ranks and a pool rank, uninterrupted: what other tests compare with."""
     return complete(tiny_config(tiny_data, tmp_path_factory.mktemp("finished") / "run"), ranks=3)
-
-
-def curve(run: RunDir) -> list[tuple]:
-    """Everything of the training log that must not depend on an interruption."""
-    return [
-        (line.step, line.loss, line.grad_norm, line.lr, line.domain_loss, line.mixture_version)
-        for line in run.train_lines()
-    ]
-
-
-def schedule(run: RunDir) -> list[tuple]:
-    return [(r.version, r.step, r.weights, r.changed) for r in run.mixtures()]
 
 
 def test_every_phase_leaves_what_the_next_needs(finished: RunDir) -> None:
