@@ -46,7 +46,8 @@ class Excerpt:
     split: Split
     sample: int
     """Its number in the split."""
-    file: Path
+    file: str
+    """The shard, in the folder or under the URL that was prepared."""
     row: int
     """Its number in the file."""
     tokens: int
@@ -99,7 +100,7 @@ def excerpt(
     sample = shards.read(number)
     ends = np.cumsum(shards.shard_sizes)
     shard = int(np.searchsorted(ends, number, side="right"))
-    info = catalogue.domains[domain]
+    root = catalogue.store.remote.rstrip("/") if catalogue.store else catalogue.root
     passages = [
         Passage(printable(_text(tokenizer, ids)), len(ids), learnt, ends_document)
         for ids, learnt, ends_document in _cut(sample)
@@ -108,7 +109,7 @@ def excerpt(
         domain=domain,
         split=split,
         sample=number,
-        file=shards.local / shards.files[shard].stored_name,
+        file=f"{root}/{shards.folder}/{shards.files[shard].stored_name}",
         row=int(number - (ends[shard] - shards.shard_sizes[shard])),
         tokens=len(sample.tokens),
         documents=sum(passage.ends_document for passage in passages) + (not passages[-1].ends_document),
@@ -116,7 +117,7 @@ def excerpt(
         targets_masked=_targets(sample, mask_documents=True),
         chat=sample.spans is not None,
         passages=passages,
-        fault=sample_fault(sample, info),
+        fault=sample_fault(sample, catalogue.domains[domain]),
     )
 
 

@@ -200,9 +200,10 @@ def verify_lines(report: VerifyReport) -> Iterator[str]:
         yield from _duplicate_lines(domain, domain.in_train, "is also in")
         yield from _duplicate_lines(domain, domain.within_eval, "is there already, in")
         if domain.repeated:
-            yield f"duplicate: {domain.name}: {domain.repeated} documents are there before, here or in one above"
+            there_before = "documents are there before, in this domain or one above"
+            yield f"duplicate: {domain.name}: {domain.repeated} {there_before}"
     if report.left_out:
-        yield f"{report.left_out} more domains of {report.root} were neither checked nor searched for duplicates"
+        yield f"{report.left_out} more domains were neither checked nor searched for duplicates"
     faults = len(report.faults) + len(report.shared_faults)
     yield f"{'sound' if not faults else f'{faults} faults'}; {report.repetitions or 'no'} duplicates"
 

@@ -64,7 +64,9 @@ def _remote_names(store: ShardStore) -> list[str]:
     try:
         fs, path = fsspec.core.url_to_fs(store.remote)
         folders = [
-            posixpath.basename(entry["name"].rstrip("/")) for entry in fs.ls(path) if _is_folder(entry)
+            posixpath.basename(entry["name"].rstrip("/"))
+            for entry in fs.ls(path, detail=True)
+            if _is_folder(entry)
         ]
         names = sorted(filter(_is_domain_name, folders))
         files = {name: f"{path.rstrip('/')}/{name}/{DOMAIN_FILE}" for name in names}

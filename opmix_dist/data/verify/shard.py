@@ -79,21 +79,21 @@ def check_shard(place: SplitPlace, shard: int) -> ShardFindings:
     """Never raises for what is wrong with the shard: it becomes a fault."""
     split = _opened(place.local, place.store)
     raw = split.local / split.files[shard].raw_name
+    shown = (place.original or place.local) / split.files[shard].stored_name
     try:
         samples = [split.read(number) for number in _numbers(split, shard)]
         stored = int(np.fromfile(raw, "<u4", count=1)[0])
         copies = [] if place.original is None else list(_copy_faults(split, shard, place.original))
     except UserError as error:
         # of a compressed shard, the place where it was to be decompressed says nothing to anyone
-        prefix = f"shard {raw}: " if place.original is not None else ""
-        return ShardFindings([str(error).removeprefix(prefix)])
+        what = str(error).removeprefix(f"shard {raw}: ")
+        return ShardFindings([what if str(shown) in what else f"shard {shown}: {what}"])
     except Exception as error:
         # of a decoder, on bytes that no writer wrote: the other shards are still to be checked
-        return ShardFindings([f"shard {raw}: cannot be read ({type(error).__name__}: {one_line(error)})"])
+        return ShardFindings([f"shard {shown}: cannot be read ({type(error).__name__}: {one_line(error)})"])
     finally:
         if place.original is not None:
             raw.unlink(missing_ok=True)
-    shown = (place.original or place.local) / split.files[shard].stored_name
     faults = [f"shard {shown}: {what}" for what in _sample_faults(samples, stored, place.info)]
     return _findings(samples, _numbers(split, shard).start, place.eos_id, copies + faults)
 
