@@ -44,7 +44,8 @@ class MixtureSampler:
     """Draws global batches from domains in given proportions; see the module's text.
 
     Args:
-        domains: name to samples per shard, in the order that domain indices follow.
+        domains: name to samples per shard, in the order that domain indices follow; nothing else depends on
+            that order.
         weights: name to weight; what is not named weighs 0.
         global_batch_size: B. May differ from that of a state that is loaded.
         seed: not negative.
@@ -126,7 +127,7 @@ class MixtureSampler:
         # row r is the (r - rows of earlier domains)th of its domain in this batch
         cursors = (self.position.drawn - np.cumsum(counts))[domains] + np.arange(self.global_batch_size)
         rng = np.random.default_rng([self._batch_seed, self.position.batches - 1])
-        order = rng.permutation(self.global_batch_size)
+        order = np.argsort(self._ranks[domains], kind="stable")[rng.permutation(self.global_batch_size)]
         return domains[order], self._orders.sample_ids(domains, cursors)[order]
 
     def epochs(self, position: Position | None = None) -> np.ndarray:
@@ -214,6 +215,8 @@ class MixtureSampler:
 
     def _use(self, orders: DomainOrders, fresh: np.ndarray) -> None:
         self._orders, self.names = orders, tuple(orders.shard_sizes)
+        self._by_name = np.argsort(self.names)  # [D]: what depends on an order of domains takes this one
+        self._ranks = np.argsort(self._by_name)  # [D], its inverse
         self._fresh = fresh  # a state's rows [D] of domains of which nothing was drawn
 
     def _own(self, position: Position) -> Position:
@@ -244,11 +247,16 @@ class MixtureSampler:
         left_out = self._caps.exhausted(drawn)
         while True:
             weights, lag = self._without(left_out)
-            counts, after = allocate(lag, weights, self.global_batch_size)
+            counts, after = self._allocate(lag, weights)
             over = self._caps.over(drawn + counts, weights)
             if not over.any():
                 return left_out, weights, lag, counts, after
             left_out = left_out | over
+
+    def _allocate(self, lag: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """:func:`allocate` with ties broken by name, whatever order the domains were given in."""
+        counts, after = allocate(lag[self._by_name], weights[self._by_name], self.global_batch_size)
+        return counts[self._ranks], after[self._ranks]
 
     def _without(self, left_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Weights and lag, [D], as if the domains ``left_out`` [D] had no part in the mixture."""
