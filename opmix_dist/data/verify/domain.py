@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,17 +106,18 @@ def check_side_files(root: str, info: DomainInfo, report: DomainReport, scratch:
                 report.fault(f"{root}/{info.name}/{SOURCES_FILE}: {what}; {PREPARE_AGAIN}")
     if info.digests_sha256 is None:
         return None
-    copy = scratch / info.name
-    with open(copy, "wb") as out:
-        if not _read(root, info, DIGESTS_FILE, info.digests_sha256, out.write, report):
+    digests = scratch / info.name if is_url(root) else Path(root) / info.name / DIGESTS_FILE
+    with open(digests if is_url(root) else os.devnull, "wb") as copy:
+        if not _read(root, info, DIGESTS_FILE, info.digests_sha256, copy.write, report):
             return None
-    if copy.stat().st_size != kept * DIGEST_BYTES:
+    size = digests.stat().st_size
+    if size != kept * DIGEST_BYTES:
         report.fault(
-            f"{root}/{info.name}/{DIGESTS_FILE}: has {copy.stat().st_size} bytes, {kept} documents have "
+            f"{root}/{info.name}/{DIGESTS_FILE}: has {size} bytes, {kept} documents have "
             f"{kept * DIGEST_BYTES}; {PREPARE_AGAIN}"
         )
         return None
-    return copy
+    return digests
 
 
 class _Sources:
