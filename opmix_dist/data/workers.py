@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -58,6 +59,7 @@ class Pool:
         self.workers = workers
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([PRELOAD])
+        forkserver.ensure_running()  # imports while the caller gets its first task ready
         self._executor = ProcessPoolExecutor(
             workers,
             mp_context=context,
