@@ -96,9 +96,9 @@ def _remove(root: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (_flip, "flipped bytes|cannot be decompressed"),
-        (_truncate, r"\d+ of \d+ bytes|cannot be decompressed"),
-        (_remove, "is missing|No such file"),
+        (_flip, "its hash is not the one of its index: flipped bytes"),
+        (_truncate, r"\d+ of \d+ bytes are there"),
+        (_remove, "is missing"),
     ],
 )  # fmt: skip
 def test_a_damaged_shard_is_named_and_the_rest_is_checked(
@@ -246,6 +246,18 @@ def test_a_damaged_copy_beside_a_compressed_shard(root: Path) -> None:
     found = faults(check(root))
     assert len(found) == 1
     assert f"{root}/web/train/shard.00001.mds: is not what its compressed file holds" in found[0]
+
+
+@pytest.mark.parametrize("written", ["zstd"], indirect=True)
+def test_a_file_that_expands_too_far_is_not_let(root: Path) -> None:
+    index = root / "web" / "train" / "index.json"
+    content = json.loads(index.read_text())
+    content["shards"][1]["raw_data"]["bytes"] = 20
+    index.write_text(json.dumps(content))
+    change_domain(root, "web")
+    found = faults(check(root))
+    assert len(found) == 1
+    assert f"{shard(root)}: holds more than the 20 bytes of its index" in found[0]
 
 
 def test_domains_of_different_length_cannot_be_used_together(root: Path) -> None:

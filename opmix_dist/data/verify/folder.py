@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -196,13 +196,11 @@ class _Verification:
         return _Work(domain, split, place, range(len(opened.files)))
 
     def _decompressed_elsewhere(self, place: SplitPlace) -> SplitPlace:
-        """As a store whose cache is a temporary folder: the prepared one stays as it is."""
-        cache = self._scratch / "shards"
-        local = cache / place.local.parent.name / place.local.name
+        """A temporary folder in place of the prepared one, which stays as it is."""
+        local = self._scratch / "shards" / place.local.parent.name / place.local.name
         local.mkdir(parents=True)
         shutil.copyfile(place.local / INDEX_FILE, local / INDEX_FILE)
-        store = ShardStore(self._root, cache, attempts=1)
-        return SplitPlace(local, store, place.info, place.eos_id, original=place.local)
+        return replace(place, local=local, original=place.local)
 
     def _take(
         self, work: _Work, findings: Iterator[ShardFindings], held_out: HeldOut, train: TrainDigests | None

@@ -22,6 +22,7 @@ from opmix_dist.data.samples import Sample
 from opmix_dist.data.shards import ShardedSplit
 from opmix_dist.data.store import ShardStore, file_hash, one_line, size_of
 from opmix_dist.data.survey import DIGEST_BYTES
+from opmix_dist.data.verify.unpack import UnpackError, unpack
 from opmix_dist.errors import UserError
 
 OPENING_TOKENS = 16
@@ -81,13 +82,17 @@ def check_shard(place: SplitPlace, shard: int) -> ShardFindings:
     raw = split.local / split.files[shard].raw_name
     shown = (place.original or place.local) / split.files[shard].stored_name
     try:
+        if place.original is not None:
+            unpack(shown, split.files[shard], raw)
         samples = [split.read(number) for number in _numbers(split, shard)]
         stored = int(np.fromfile(raw, "<u4", count=1)[0])
         copies = [] if place.original is None else list(_copy_faults(split, shard, place.original))
+    except UnpackError as error:
+        return ShardFindings([f"shard {shown}: {error}; copy it again or prepare the domain again"])
     except UserError as error:
-        # of a compressed shard, the place where it was to be decompressed says nothing to anyone
+        # the place where a shard was decompressed, or is cached under another name, says nothing to anyone
         what = str(error).removeprefix(f"shard {raw}: ")
-        return ShardFindings([what if str(shown) in what else f"shard {shown}: {what}"])
+        return ShardFindings([f"shard {shown}: {what}"])
     except Exception as error:
         # of a decoder, on bytes that no writer wrote: the other shards are still to be checked
         return ShardFindings([f"shard {shown}: cannot be read ({type(error).__name__}: {one_line(error)})"])
