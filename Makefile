@@ -38,6 +38,11 @@ demo: setup ## uniform against OP-Mix on the built-in corpus, from data to repor
 evidence-small: setup ## the small benchmark that the documentation quotes
 	$(BIN)/python benchmarks/evidence_small.py
 
+.PHONY: bench-data
+bench-data: setup ## loaders and ingest beside what others use; some 25 minutes on free cores
+	$(BIN)/python -m benchmarks.loader --out benchmarks/results/loader.md
+	$(BIN)/python -m benchmarks.ingest --out benchmarks/results/ingest.md
+
 .PHONY: lock
 lock: ## write the locks again (needs uv); pins stay where they can: delete the locks for the newest
 	uv pip compile --quiet --universal --python-version 3.11 --no-annotate --custom-compile-command "make lock" \
