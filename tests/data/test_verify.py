@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from opmix_dist.cli import main
@@ -30,6 +34,7 @@ from tests.data.sound_folder import (
     write_texts_domain,
     write_tokenizer,
 )
+from tests.helpers import ROOT
 from tests.s3_server import s3_server
 
 pytestmark = pytest.mark.usefixtures("streaming")
@@ -398,6 +403,34 @@ def test_a_remote_folder(written: Path, tmp_path: Path) -> None:
         assert any(f"{url}/web/train/{shard(damaged).name} cannot be fetched" in line for line in found)
         assert any(f"{url}/code/digests.bin: is missing" in line for line in found)
         assert any(f"{url}/chat/eval/index.json does not exist" in line for line in found)
+
+
+@pytest.mark.parametrize("written", ["zstd"], indirect=True)
+def test_workers_die_with_a_command_that_is_killed(written: Path, tmp_path: Path) -> None:
+    """While they wait for a store that does not answer."""
+    answer = threading.Event()
+    with s3_server() as server:
+        url = server.upload(written, "hanging")
+        server.fault = lambda path: answer.wait(60) and None if "/shard." in path else None
+        command = [sys.executable, "-m", "opmix_dist.cli", "data", "verify", url, "--workers", "2"]
+        process = psutil.Popen([*command, "--cache", str(tmp_path / "cache")], cwd=ROOT)
+        try:
+            until(lambda: len(set(server.shards_requested())) >= 2)
+            children = process.children(recursive=True)
+            assert len(children) >= 2
+            process.kill()
+            until(lambda: not any(child.is_running() and child.status() != "zombie" for child in children))
+        finally:
+            answer.set()
+            process.kill()
+            process.wait()
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "not in time"
+        time.sleep(0.05)
 
 
 def test_what_prepare_makes_is_sound(tiny_data: Path) -> None:
