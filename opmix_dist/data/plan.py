@@ -128,11 +128,18 @@ def make_plan(root: Path, settings: Mapping[str, Settings], *, overwrite: bool) 
                     f"replace it, or another --out"
                 )
             todo.append(name)
-    shared = next(iter(settings.values()))
+    chats = [wanted for wanted in settings.values() if wanted["messages_field"] is not None]
     for name in sorted(set(finished) - set(settings)):
-        if differing := _difference(root, name, shared, ONE_PER_FOLDER):
-            raise UserError(f"{root} holds domain {name} with another `{differing}`: pass another --out")
+        _require_one_folder(root, name, next(iter(settings.values())), ONE_PER_FOLDER)
+        if chats and read_domain(root, name).packing == "best_fit":
+            _require_one_folder(root, name, chats[0], ("chat_template",))
     return Plan(settings, todo, [name for name in finished if name not in todo])
+
+
+def _require_one_folder(root: Path, name: str, wanted: Settings, keys: Iterable[str]) -> None:
+    """UserError when the finished domain ``name`` cannot be beside one with the ``wanted`` settings."""
+    if differing := _difference(root, name, wanted, keys):
+        raise UserError(f"{root} holds domain {name} with another `{differing}`: pass another --out")
 
 
 def _difference(root: Path, name: str, wanted: Settings, keys: Iterable[str]) -> str | None:

@@ -76,6 +76,10 @@ class PrepareConfig:
             raise UserError("give either --domain NAME=PATH or --chat-domain NAME=PATH, or --builtin")
         for name in self.domains:
             check_domain_name(name)
+        if self.chat_template is not None and not self.chat_domains:
+            raise UserError("--chat-template is for chats: give a --chat-domain NAME=PATH too")
+        if unknown := set(self.chat_domains) - set(self.domains):
+            raise UserError(f"chat_domains names {min(unknown)}, which is none of the domains")
         if not 0.0 < self.eval_fraction < 1.0:
             raise UserError(f"--eval-fraction {self.eval_fraction} must lie between 0 and 1")
         if self.eval_documents is not None and self.max_eval_documents is not None:

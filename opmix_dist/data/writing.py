@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -81,6 +82,7 @@ class SplitWriter:
         self._packer, self._cutter = form.packer(), ShardCutter(form.shard_bytes)
         self.samples = self.tokens = self.documents = 0
         self.shards: list[Entry | Future[Entry]] = []
+        self._under_way: deque[Future[Entry]] = deque()
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, documents: Documents) -> None:
@@ -99,7 +101,7 @@ class SplitWriter:
         return SplitInfo(samples=self.samples, tokens=self.tokens, documents=self.documents)
 
     def entries(self, shards: Sequence[Entry | Future[Entry]]) -> list[Entry]:
-        """Waits for the shards that are being written."""
+        """Of the index; waits for the shards that are being written."""
         return [self._pool.result(shard) if isinstance(shard, Future) else shard for shard in shards]
 
     def _take(self, rows: Rows) -> None:
@@ -109,10 +111,11 @@ class SplitWriter:
             self._submit(shard)
 
     def _submit(self, rows: Rows) -> None:
-        under_way = [shard for shard in self.shards if isinstance(shard, Future) and not shard.done()]
-        if len(under_way) > self._pool.workers:  # bounds what waits in memory
-            self._pool.result(under_way[0])
-        self.shards.append(self._pool.submit(write_rows, self._folder, len(self.shards), rows, self._form))
+        while len(self._under_way) > self._pool.workers or (self._under_way and self._under_way[0].done()):
+            self._pool.result(self._under_way.popleft())  # bounds what waits in memory, and raises early
+        future = self._pool.submit(write_rows, self._folder, len(self.shards), rows, self._form)
+        self._under_way.append(future)
+        self.shards.append(future)
 
     def state(self) -> tuple[dict[str, int], Arrays]:
         arrays = {f"packer.{name}": array for name, array in self._packer.state().items()}
@@ -144,8 +147,11 @@ class _Snapshot:
 
     @property
     def ready(self) -> bool:
-        futures = [shard for shards in self.shards.values() for shard in shards if isinstance(shard, Future)]
-        return all(future.done() for future in futures)
+        return all(map(_all_written, self.shards.values()))
+
+
+def _all_written(shards: Sequence[Entry | Future[Entry]]) -> bool:
+    return all(shard.done() for shard in shards if isinstance(shard, Future))
 
 
 @dataclass
@@ -202,7 +208,7 @@ class DomainWriter:
     @property
     def closed(self) -> bool:
         """After ``close``: whether ``publish`` need not wait for a shard."""
-        return _Snapshot({}, {}, {split: writer.shards for split, writer in self._splits.items()}).ready
+        return all(_all_written(writer.shards) for writer in self._splits.values())
 
     def publish(
         self, settings: Settings, seed: int, names: Sequence[str], files: Sequence[SourceFile]

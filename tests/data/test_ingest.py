@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import zstandard
@@ -124,6 +126,20 @@ def test_the_files_that_were_read_are_listed(prepared: Catalogue, corpus: dict[s
     assert prepared.domains["a"].digests_sha256 == hashlib.sha256(kept).hexdigest()
 
 
+def test_a_store_is_read_by_the_process_that_has_its_credentials(streaming: None, tmp_path: Path) -> None:
+    """fsspec's memory:// exists in one process only: workers get bytes, never a URL to open."""
+    texts = make_texts(4, 30)
+    for number in range(3):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[number::3])
+        fsspec.filesystem("memory").pipe(f"/ingest/{number}.jsonl.gz", gzip.compress(lines.encode()))
+    catalogue = prepare(config(tmp_path, {"a": ["memory://ingest/*.jsonl.gz"]}, workers=2), SILENT)
+    size = catalogue.domains["a"].splits
+    assert size["train"].documents + size["eval"].documents == 30
+    listed = (tmp_path / "a" / "sources.jsonl").read_text().splitlines()
+    names = [json.loads(line)["name"].rpartition("ingest/")[2] for line in listed]
+    assert names == ["0.jsonl.gz", "1.jsonl.gz", "2.jsonl.gz"]
+
+
 def test_few_tokens_make_one_short_sample(streaming: None, tmp_path: Path) -> None:
     folder = write_texts(tmp_path / "t", ["one", "two", "three"])
     catalogue = prepare(
@@ -239,6 +255,23 @@ def test_a_chat_that_forges_a_turn_is_named_with_its_file(streaming: None, tmp_p
         prepare(config(tmp_path / "out", {"c": [folder]}, **settings), SILENT)
 
 
+def test_chats_of_one_folder_share_a_template(streaming: None, tmp_path: Path) -> None:
+    folders = [
+        write_lines(tmp_path / name, [chat(name, "yes")] * 2 + [chat("x" + name, "no")], 1) for name in "cd"
+    ]
+    for name, text in (("one", CHAT_TEMPLATE), ("other", "{{ bos_token }}" + CHAT_TEMPLATE)):
+        (tmp_path / name).write_text(text)
+    settings = {"eval_documents": 1, "sequence_length": 64, "chat_template": tmp_path / "one"}
+    out = tmp_path / "out"
+    prepare(config(out, {"c": [folders[0]]}, chat_domains=["c"], **settings), SILENT)
+    other = {**settings, "chat_template": tmp_path / "other"}
+    with pytest.raises(UserError, match="holds domain c with another `chat_template`"):
+        prepare(config(out, {"d": [folders[1]]}, chat_domains=["d"], **other), SILENT)
+    both = prepare(config(out, {"d": [folders[1]]}, chat_domains=["d"], **settings), SILENT)
+    assert Catalogue.open(out).names == ("c", "d")
+    assert both.domains["d"].documents_duplicate == 1
+
+
 @pytest.fixture(scope="module")
 def own_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -343,6 +376,8 @@ def test_a_hostile_domain_name_is_refused(name: str, tmp_path: Path) -> None:
         ({"eval_documents": 0}, "--eval-documents"),
         ({"eval_documents": 1, "max_eval_documents": 1}, "either --eval-documents or --max-eval-documents"),
         ({"sequence_length": 1}, "--sequence-length"),
+        ({"chat_template": Path("x")}, "--chat-domain"),
+        ({"chat_domains": ["b"]}, "names b, which is none"),
         ({"decontaminate_ngram": 0}, "--decontaminate-ngram"),
         ({"shard_bytes": 0}, "--shard-bytes"),
         ({"vocab_size": 256}, "--vocab-size"),

@@ -141,6 +141,29 @@ def test_other_settings_begin_anew(
     assert {path: found[path] for path in found if path not in left} == undisturbed
 
 
+def test_a_domain_of_which_only_the_move_is_missing_is_moved(
+    sources: list[str], undisturbed: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(tmp_path, sources, workers=2)) == 0
+    (tmp_path / "b").rename(tmp_path / ".b.tmp")
+    capsys.readouterr()
+    assert main(arguments(tmp_path, sources, workers=2)) == 0
+    assert "documents" not in capsys.readouterr().err
+    assert digests(tmp_path) == undisturbed
+
+
+def test_a_damaged_record_is_named(
+    sources: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = write_lines(tmp_path / "few", make_texts(9, 30), files=1)
+    command = arguments(tmp_path / "out", ["--domain", f"d={few}"], workers=1)
+    assert main([*command, "--eval-documents", "30"]) == 2
+    record = tmp_path / "out" / ".d.tmp" / "work" / "written.safetensors"
+    record.write_bytes(b"nonsense")
+    assert main([*command, "--eval-documents", "30"]) == 2
+    assert f"opmix: cannot go on with {record} (" in capsys.readouterr().err
+
+
 @pytest.fixture
 def small_files() -> Iterator[None]:
     """No file of this process may grow past 24,000 bytes: a write beyond fails as it does on a full disk."""
