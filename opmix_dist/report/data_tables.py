@@ -205,7 +205,12 @@ def verify_lines(report: VerifyReport) -> Iterator[str]:
     if report.left_out:
         yield f"{report.left_out} more domains were neither checked nor searched for duplicates"
     faults = len(report.faults) + len(report.shared_faults)
-    yield f"{'sound' if not faults else f'{faults} faults'}; {report.repetitions or 'no'} duplicates"
+    verdict = "sound" if not faults else _count(faults, "fault")
+    yield f"{verdict}; {_count(report.repetitions, 'duplicate')}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number or 'no'} {what}{'' if number == 1 else 's'}"
 
 
 def _duplicate_lines(domain: DomainReport, found: Sequence[Duplicate], how: str) -> Iterator[str]:

@@ -240,6 +240,14 @@ def test_an_index_of_another_version(root: Path) -> None:
     assert found[0].startswith(f"web eval: {index}")
 
 
+def test_shards_stored_in_another_way_than_described(root: Path) -> None:
+    other = "none" if shard(root).suffix == ".zstd" else "zstd"
+    change_domain(root, "web", compression=other)
+    found = faults(check(root))
+    assert len(found) == 2
+    assert all(f"its shards are not compressed as domain.json says ({other})" in line for line in found)
+
+
 def test_a_damaged_copy_beside_a_compressed_shard(root: Path) -> None:
     """It is what training reads."""
     if shard(root).suffix != ".zstd":
@@ -349,7 +357,7 @@ def test_exit_status(root: Path, repeating: Path, capsys: pytest.CaptureFixture[
     assert run(capsys, repeating, "--workers", 1, "--strict")[0] == 1
     flip_a_byte(shard(root))
     status, text = run(capsys, root, "--workers", 1)
-    assert (status, text.splitlines()[-1]) == (1, "1 faults; no duplicates")
+    assert (status, text.splitlines()[-1]) == (1, "1 fault; no duplicates")
     assert "fault: web train: " in text
     status, text = run(capsys, root, "--workers", 1, "--domain", "code")
     assert status == 0

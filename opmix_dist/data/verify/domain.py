@@ -52,14 +52,12 @@ def open_splits(local: Path, info: DomainInfo, report: DomainReport) -> dict[Spl
                 f"{info.splits[split].samples}; {PREPARE_AGAIN}",
                 split,
             )
-        for file in opened.files:
-            if (file.zip_name is None) != (info.compression == "none"):
-                report.fault(
-                    f"{local / split / INDEX_FILE}: {file.stored_name} is not what {DOMAIN_FILE} says, which "
-                    f"is compression {info.compression}",
-                    split,
-                )
-                break
+        if any((file.zip_name is None) != (info.compression == "none") for file in opened.files):
+            report.fault(
+                f"{local / split / INDEX_FILE}: its shards are not compressed as {DOMAIN_FILE} says "
+                f"({info.compression}); {PREPARE_AGAIN}",
+                split,
+            )
     if len(splits) == len(SPLITS):
         _check_indexes(local, info, report)
     return splits

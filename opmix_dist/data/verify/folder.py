@@ -29,7 +29,13 @@ from opmix_dist.data.verify.domain import check_counts, check_side_files, open_s
 from opmix_dist.data.verify.duplicates import HeldOut, Joiner, TrainDigests, count_repeated
 from opmix_dist.data.verify.names import find
 from opmix_dist.data.verify.report import DomainReport, VerifyReport
-from opmix_dist.data.verify.shard import ShardFindings, SplitPlace, check_shard, forget_opened
+from opmix_dist.data.verify.shard import (
+    DocumentDigests,
+    ShardFindings,
+    SplitPlace,
+    check_shard,
+    forget_opened,
+)
 from opmix_dist.data.workers import Pool, Task
 from opmix_dist.errors import UserError
 
@@ -115,25 +121,29 @@ class _Verification:
         self.report.left_out = found.left_out
         self._tokenizer = self._open_tokenizer()
         for name, fault in found.names.items():
-            report = DomainReport(name)
-            self.report.domains.append(report)
-            if fault is not None:
-                report.fault(fault)
-                continue
-            try:
-                info = read_domain(self._local, name)
-            except UserError as error:
-                report.fault(str(error))
-                continue
-            splits = open_splits(self._local / name, info, report)
-            report.shards = sum(len(split.files) for split in splits.values())
-            self._domains.append(_Domain(report, info, splits, self._check_tokenizer(info, report)))
+            self._open_domain(name, fault)
         lengths = {domain.info.sequence_length for domain in self._domains}
         if len(lengths) > 1:
             self.report.shared_faults.append(
                 f"{self._root}: its domains have samples of {' and '.join(map(str, sorted(lengths)))} tokens "
                 f"and cannot be used together: prepare them again with one --sequence-length"
             )
+
+    def _open_domain(self, name: str, fault: str | None) -> None:
+        """``fault``: why its small files could not be fetched."""
+        report = DomainReport(name)
+        self.report.domains.append(report)
+        if fault is not None:
+            report.fault(fault)
+            return
+        try:
+            info = read_domain(self._local, name)
+        except UserError as error:
+            report.fault(str(error))
+            return
+        splits = open_splits(self._local / name, info, report)
+        report.shards = sum(len(split.files) for split in splits.values())
+        self._domains.append(_Domain(report, info, splits, self._check_tokenizer(info, report)))
 
     def _open_tokenizer(self) -> _OpenTokenizer:
         folder = self._local / TOKENIZER
@@ -167,11 +177,11 @@ class _Verification:
         work = [self._work(domain, "eval") for domain in self._domains if "eval" in domain.splits]
         work += [self._work(domain, "train") for domain in self._domains if "train" in domain.splits]
         total = sum(len(one.shards) for one in work)
-        held_out = HeldOut(self._tokenizer.words)
         train = TrainDigests(self._scratch / "train") if all_train else None
+        search = _Search(HeldOut(self._tokenizer.words), train)
         with _bar(total, console) as advance, _results(work, _processes(workers, total)) as results:
             for one, findings in zip(work, results, strict=True):
-                self._take(one, _counted(findings, advance), held_out, train)
+                self._take(one, _counted(findings, advance), search)
         if train is not None:
             count_repeated(self.report.domains, train.files(self.report.domains))
 
@@ -202,29 +212,20 @@ class _Verification:
         shutil.copyfile(place.local / INDEX_FILE, local / INDEX_FILE)
         return replace(place, local=local, original=place.local)
 
-    def _take(
-        self, work: _Work, findings: Iterator[ShardFindings], held_out: HeldOut, train: TrainDigests | None
-    ) -> None:
-        domain, report, joiner = work.domain, work.domain.report, Joiner(work.place.eos_id)
-        all_read = True
+    def _take(self, work: _Work, findings: Iterator[ShardFindings], search: _Search) -> None:
+        """Put together what is in one split's shards."""
+        report, joiner, all_read = work.domain.report, Joiner(work.place.eos_id), True
         for found in findings:
             for fault in found.faults:
                 report.fault(fault, work.split)
-            all_read &= found.whole is not None
             report.samples += found.samples
-            report.tokens += found.tokens
-            report.documents += found.documents
             work.counts["tokens"] += found.tokens
             work.counts["documents"] += found.documents
+            all_read &= found.whole is not None
             for documents in joiner.feed(found):
-                if not domain.comparable:
-                    continue
-                if work.split == "eval":
-                    held_out.add(report, documents)
-                    continue
-                held_out.compare(report, documents)
-                if train is not None:
-                    train.add(report, documents)
+                search.take(work, documents)
+        report.tokens += work.counts["tokens"]
+        report.documents += work.counts["documents"]
         folder = self._local / report.name
         if joiner.unended is not None:
             report.fault(
@@ -233,7 +234,26 @@ class _Verification:
                 work.split,
             )
         if all_read:  # else what is missing is told already
-            check_counts(folder, domain.info, work.split, work.counts, report)
+            check_counts(folder, work.domain.info, work.split, work.counts, report)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """For duplicates, on the way through the shards."""
+
+    held_out: HeldOut
+    train: TrainDigests | None
+
+    def take(self, work: _Work, documents: DocumentDigests) -> None:
+        report = work.domain.report
+        if not work.domain.comparable:
+            return
+        if work.split == "eval":
+            self.held_out.add(report, documents)
+            return
+        self.held_out.compare(report, documents)
+        if self.train is not None:
+            self.train.add(report, documents)
 
 
 def _processes(workers: int | None, shards: int) -> int:
