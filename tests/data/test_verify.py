@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -417,11 +419,13 @@ def test_a_remote_folder(written: Path, tmp_path: Path) -> None:
 def test_workers_die_with_a_command_that_is_killed(written: Path, tmp_path: Path) -> None:
     """While they wait for a store that does not answer."""
     answer = threading.Event()
-    with s3_server() as server:
+    # what a killed command leaves there goes with it; not in tmp_path: a socket's name has 107 characters
+    with s3_server() as server, tempfile.TemporaryDirectory() as scratch:
         url = server.upload(written, "hanging")
         server.fault = lambda path: answer.wait(60) and None if "/shard." in path else None
         command = [sys.executable, "-m", "opmix_dist.cli", "data", "verify", url, "--workers", "2"]
-        process = psutil.Popen([*command, "--cache", str(tmp_path / "cache")], cwd=ROOT)
+        environment = {**os.environ, "TMPDIR": scratch}
+        process = psutil.Popen([*command, "--cache", str(tmp_path / "cache")], cwd=ROOT, env=environment)
         try:
             until(lambda: len(set(server.shards_requested())) >= 2)
             children = process.children(recursive=True)
