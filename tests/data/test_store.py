@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -215,20 +216,25 @@ os.killpg(0, signal.SIGKILL)  # as a launcher or a scheduler does: the tidying h
 """
 
 
+def streamings_shared_memory() -> set[str]:
+    """Names such as ``000000_locals``; other processes have semaphores and more in that folder."""
+    return {name for name in os.listdir("/dev/shm") if re.fullmatch(r"\d{6}_\w+", name)}
+
+
 def test_shared_memory_of_a_killed_reader_is_in_nobodys_way(remote: Path, tmp_path: Path) -> None:
     """A StreamingDataset that is killed leaves shared memory; nothing here uses any, ours or others'."""
     local = remote / "web/train"
-    before = set(os.listdir("/dev/shm"))
+    before = streamings_shared_memory()
     killed = subprocess.run(
         [sys.executable, "-c", LEFT_BEHIND, str(local)], capture_output=True, cwd=ROOT, start_new_session=True
     )
     assert killed.stdout == b"reading\n", killed.stderr.decode()
-    left = set(os.listdir("/dev/shm")) - before
+    left = streamings_shared_memory() - before
     assert left, "the killed reader left nothing: this test shows nothing any more"
     try:
         assert read_all(ShardedSplit(local)) == EXPECTED
         assert read_all(open_split(remote, tmp_path / "cache")) == EXPECTED
-        assert set(os.listdir("/dev/shm")) - before == left
+        assert streamings_shared_memory() - before == left
     finally:
         for name in left:
             os.unlink(f"/dev/shm/{name}")
