@@ -8,13 +8,19 @@ before the clock starts, and drops its results. ``opmix prepare`` reads the file
 packs and writes shards; what it takes for three documents, which is to start Python and to import, is shown
 by itself and subtracted. Runs alternate, and of several the fastest counts. CPU seconds and memory
 (proportional set size) are those of all processes together, looked at every 0.1 s. Shards are small, so that
-either corpus has several. Results go to benchmarks/results/ingest.md.
+either corpus has several.
+
+A second table is of the stage between the two passes, duplicates and the split, which sees all documents at
+once: digests are drawn, a tenth of the first million is one document. Memory is what is not backed by files.
+
+Results go to benchmarks/results/ingest.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -30,12 +36,24 @@ from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pyarrow
 
 from benchmarks.machine import describe, table
 from opmix_dist.data.builtin import builtin_domains
+from opmix_dist.data.dedupe import SurveyedDigests, drop_duplicates
 from opmix_dist.data.encode import BATCH_DOCUMENTS
+from opmix_dist.data.source import Place
+from opmix_dist.data.survey import (
+    BLOCK_DOCUMENTS,
+    DIGEST_BYTES,
+    Holdout,
+    Mark,
+    Survey,
+    Surveyed,
+    hold_out,
+)
 from opmix_dist.data.tokenizer import TokenizerFiles, load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -48,9 +66,10 @@ WORD = re.compile(r"[a-z]{5,}")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=int, nargs="+", default=[24, 96], help="sizes of the corpus")
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[48, 192], help="sizes of the corpus")
+    parser.add_argument("--documents", type=int, nargs="+", default=[3_000_000, 12_000_000])
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
     workers, repeats = arguments.workers, arguments.repeats
     with tempfile.TemporaryDirectory() as name:
@@ -58,7 +77,8 @@ def main() -> None:
         tokenizer = make_tokenizer(folder / "tokenizer")
         begin = Usage.best([start_up(folder, tokenizer, workers) for _ in range(repeats)])
         rows = [measure(folder, size, tokenizer, workers, repeats) for size in arguments.megabytes]
-    text = report(rows, begin, workers, repeats)
+        settled = [settle_apart(folder, documents) for documents in arguments.documents]
+    text = report(rows, begin, workers, repeats) + "\n\n" + settle_table(settled)
     print(text)
     RESULT.write_text(text + "\n")
 
@@ -201,6 +221,61 @@ def run_prepare(file: Path, out: Path, tokenizer: TokenizerFiles, workers: int) 
     return Usage(time.perf_counter() - began, sum(cpu.values()), peak)
 
 
+@dataclass
+class Settled:
+    """The stage between the passes."""
+
+    documents: int
+    duplicates: int
+    seconds: float
+    peak_bytes: int = 0
+
+
+def settle_apart(folder: Path, documents: int) -> Settled:
+    """In a process of its own, whose memory is looked at."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=settle, args=(folder / "survey", documents, results))
+    process.start()
+    watched, peak = psutil.Process(process.pid), 0
+    while process.is_alive() and results.empty():
+        with contextlib.suppress(psutil.Error):
+            peak = max(peak, watched.memory_full_info().uss)
+        time.sleep(0.02)
+    settled = results.get()
+    process.join()
+    return dataclasses.replace(settled, peak_bytes=peak)
+
+
+def settle(folder: Path, documents: int, results: multiprocessing.Queue[Settled]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    survey, rng = Survey(folder), np.random.default_rng(documents)
+    for number, begin in enumerate(range(0, documents, BLOCK_DOCUMENTS)):
+        size = min(BLOCK_DOCUMENTS, documents - begin)
+        digests = rng.integers(0, 256, (size, DIGEST_BYTES), dtype=np.uint8)
+        if not number:
+            digests[: size // 10] = 7
+        zeros = np.zeros(size, np.uint8)
+        survey.append(Place(0, number), Surveyed(digests, rng.random(size), zeros, zeros.astype(np.uint32)))
+    survey.save(complete=True)
+    began = time.perf_counter()
+    drop_duplicates([SurveyedDigests(survey)], folder / "scratch")
+    hold_out(survey, Holdout(0.01, exactly=10_000).rank_below(survey, "drawn"))
+    results.put(Settled(documents, survey.count(Mark.DUPLICATE), time.perf_counter() - began))
+
+
+def settle_table(rows: Sequence[Settled]) -> str:
+    cells = [
+        [f"{row.documents:,}", f"{row.duplicates:,}", f"{row.seconds:.1f} s", megabytes(row.peak_bytes)]
+        for row in rows
+    ]
+    return table(["documents", "duplicates", "duplicates and split", "peak memory"], cells)
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"
+
+
 def memory(root: psutil.Process) -> int:
     """Proportional set size, in bytes, of a process and all below it."""
     total = 0
@@ -223,7 +298,7 @@ def report(rows: Sequence[Row], begin: Usage, workers: int, repeats: int) -> str
             f"{row.alone.cpu_seconds:.1f} s",
             f"{cpu:.1f} s",
             f"**{cpu / row.alone.cpu_seconds:.2f}**",
-            f"{row.prepare.peak_bytes / 1e6:,.0f} MB",
+            megabytes(row.prepare.peak_bytes),
         ]
 
     head = ["corpus", "documents", "tokens", "alone", "prepare", "ratio", "CPU alone", "CPU prepare", "ratio"]

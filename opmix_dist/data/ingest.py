@@ -56,7 +56,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> Catalogue:
     """Write the domains of ``config`` and return their catalogue.
 
     Finished domains with the same settings are kept, and with them the folder's tokenizer; unfinished ones
-    are gone on with. A script calls it under ``if __name__ == "__main__"``: it spawns processes, which import
+    are gone on with. A script calls it under ``if __name__ == "__main__"``: it starts processes, which import
     the script.
 
     Args:
