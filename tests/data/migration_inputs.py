@@ -77,9 +77,9 @@ def token_ids(folder: Path, texts: Iterable[str]) -> list[list[int]]:
 
 
 def write_megatron(folder: Path) -> None:
-    """As ``preprocess_data.py --append-eod`` does, and files for ``--data-args-path`` and its like."""
+    """As ``preprocess_data.py --append-eod`` does, and a file for ``--data-args-path``."""
     folder.mkdir()
-    for name in ("web", "code", "held_out"):
+    for name in ("web", "code"):
         prefix = folder / f"{name}_text_document"
         builder = _import_indexed_dataset().IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
         for ids in token_ids(folder.parent / "tokenizer", domain_texts(name)):
