@@ -86,10 +86,16 @@ def losses_by_domain(
         targets: n [N]; samples with 0 change nothing.
         domain_ids: [N], in 0..D-1.
     """
-    member = np.eye(num_domains)[domain_ids] * (targets > 0)[:, None]  # [N, D]
-    totals = targets @ member  # [D]
-    loss = sums @ member / np.maximum(totals, 1)
-    residuals = (sums - loss[..., domain_ids] * targets) ** 2 @ member
-    counts = member.sum(axis=0)
+
+    def by_domain(values: np.ndarray) -> np.ndarray:
+        """Sums of [..., N] over each domain's samples, [..., D]. No product with a 0/1 matrix: a NaN in one
+        domain times 0 would be one in all."""
+        found = np.zeros((*values.shape[:-1], num_domains), dtype=values.dtype)
+        np.add.at(found, (..., domain_ids), values)
+        return found
+
+    totals, counts = by_domain(targets), by_domain((targets > 0).astype(np.int64))
+    loss = by_domain(sums) / np.maximum(totals, 1)
+    residuals = by_domain((sums - loss[..., domain_ids] * targets) ** 2)
     stderr = np.sqrt(residuals * counts / np.maximum(counts - 1, 1)) / np.maximum(totals, 1)
-    return DomainLosses(loss, stderr, totals.astype(np.int64))
+    return DomainLosses(loss, stderr, totals)

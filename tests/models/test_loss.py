@@ -47,6 +47,17 @@ def test_domain_losses_worked_out_by_hand() -> None:
     assert found.targets.tolist() == [4, 2, 0]
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_stays_in_its_domain(bad: float) -> None:
+    sums, targets = np.array([[2.0, bad, 6.0], [2.0, 2.0, 6.0]]), np.array([1, 1, 3])
+    with np.errstate(invalid="ignore"):
+        found = losses_by_domain(sums, targets, np.array([0, 0, 1]), 2)
+    assert not np.isfinite(found.loss[0, 0])
+    assert found.loss[:, 1].tolist() == [2.0, 2.0]
+    assert found.loss[1, 0] == 2.0
+    assert found.stderr[0, 1] == 0.0
+
+
 def test_with_equal_targets_it_is_the_standard_error_of_the_mean() -> None:
     means = np.random.default_rng(0).normal(3.0, 1.0, size=(2, 10))
     found = losses_by_domain(15 * means, np.full(10, 15), np.zeros(10, dtype=np.int64), 1)
