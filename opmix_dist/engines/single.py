@@ -79,11 +79,13 @@ class SingleEngine(Engine):
     def _train_step(
         self, microbatches: Sequence[TokenBatch], targets: Tensor, total: int, lr: float
     ) -> StepResult:
+        # all before the first pass: a copy from pageable memory in between would wait until the GPU is idle
+        on_device = [batch.to(self.world.device) for batch in microbatches]
         losses = []
-        for i, batch in enumerate(microbatches):
-            with self._accumulating(i == len(microbatches) - 1):
+        for i, batch in enumerate(on_device):
+            with self._accumulating(i == len(on_device) - 1):
                 with self._compute_context():
-                    sums = sample_losses(self.model, batch.to(self.world.device))
+                    sums = sample_losses(self.model, batch)
                 # Gradients are averaged over ranks, hence the factor: the mean over all targets remains.
                 (sums.sum() * (self.world.size / total)).backward()
             losses.append(sums.detach())

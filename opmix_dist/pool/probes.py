@@ -78,8 +78,9 @@ def train_probes(
             with compute:
                 sums = sample_losses(model, batch.to(device))  # [K * b]
             means = sums.view(len(names), -1).sum(dim=1) / targets  # [K]
-            _record(curves, names, means.tolist(), step)
             means.sum().backward()
+            # reading the losses waits for a GPU: only now, when it has all its work
+            _record(curves, names, means.tolist(), step)
             adapters.clip_gradients(config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
