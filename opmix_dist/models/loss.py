@@ -91,7 +91,7 @@ def losses_by_domain(
         """Sums of [..., N] over each domain's samples, [..., D]. No product with a 0/1 matrix: a NaN in one
         domain times 0 would be one in all."""
         found = np.zeros((*values.shape[:-1], num_domains), dtype=values.dtype)
-        np.add.at(found, (..., domain_ids), values)
+        np.add.at(found.T, domain_ids, values.T)
         return found
 
     totals, counts = by_domain(targets), by_domain((targets > 0).astype(np.int64))
