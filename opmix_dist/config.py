@@ -156,6 +156,16 @@ class MixtureConfig(Section):
         "uniform",
         description="mixture at step 0; natural is in proportion to tokens; or weights that sum to 1",
     )
+    schedule: dict[Annotated[int, Field(ge=1)], Literal["uniform", "natural"] | dict[str, float]] = Field(
+        default_factory=dict,
+        description="static policy: step to the mixture from it on; a resume may change it for coming steps",
+    )
+
+    @model_validator(mode="after")
+    def _one_decides(self) -> MixtureConfig:
+        if self.schedule and self.policy != "static":
+            raise ValueError(f"mixture.schedule needs mixture.policy static, not {self.policy}")
+        return self
 
 
 class ProbeConfig(Section):
@@ -286,6 +296,8 @@ RESUME_MAY_CHANGE = (
     "data.num_workers",
     "data.prefetch_batches",
     "data.root",
+    "data.domains",  # more of them: see Job._restore
+    "mixture.schedule",  # of coming steps: see check_schedule
     "data.cache",
     "data.cache_limit",
     "data.verify_shards",

@@ -335,7 +335,8 @@ def eval_batches(
         order = np.random.default_rng(derive_seed(seed, "eval", name)).permutation(len(reader.splits[domain]))
         if len(order) <= skip:
             raise UserError(
-                f"domain {name} has {len(order)} held-out samples and the search takes {skip}: lower "
+                f"domain {name} has {len(order)} held-out samples and {skip} are set aside for searches (in "
+                "runs without one too, so that all report the same losses): lower "
                 "search.candidates.samples_per_domain, or prepare it with a larger --eval-fraction"
             )
         chosen += [(domain, sample) for sample in order[skip : skip + samples_per_domain].tolist()]

@@ -178,7 +178,7 @@ class ShardStore:
             temporary.unlink(missing_ok=True)
 
     def _make_room(self, wanted: int, limit: int) -> None:
-        """Remove shards until ``wanted`` bytes fit, and wait for fetches under way where that is not enough."""
+        """Remove shards until ``wanted`` bytes fit; wait for fetches under way where that is not enough."""
         if wanted > limit:
             raise UserError(f"data.cache_limit of {limit} bytes holds no shard of {wanted} bytes: raise it")
         deadline = time.monotonic() + self.timeout_s

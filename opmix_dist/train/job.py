@@ -40,7 +40,7 @@ from opmix_dist.train.callbacks import (
     WandbLogger,
 )
 from opmix_dist.train.checkpoint import Checkpointer
-from opmix_dist.train.policy import POLICIES, Surroundings, initial_mixture
+from opmix_dist.train.policy import POLICIES, Surroundings, check_schedule, chosen_mixture
 from opmix_dist.train.state import TrainerState
 from opmix_dist.train.trainer import Trainer
 
@@ -63,7 +63,9 @@ def run_job(config: RunConfig) -> None:
         Supervisor(run, config, placement).supervise()
         return
     catalogue = open_data(config.data)
-    weights = initial_mixture(config.mixture.initial, catalogue)
+    weights = chosen_mixture(config.mixture.initial, catalogue, "mixture.initial")
+    for step, chosen in config.mixture.schedule.items():
+        chosen_mixture(chosen, catalogue, f"mixture.schedule.{step}")
     check_config_against(config, catalogue, placement)
     check_tokenizer(config, catalogue)
     if config.deterministic:
@@ -199,6 +201,8 @@ class Job:
         if world.is_leader:  # only now: settings that cannot even be built leave no run behind
             self.run.write_config(config)
         state = self._restore(engine, checkpointer, loader)
+        recorded = self._recorded()
+        check_schedule(config, recorded, state.step)
         ledger = Ledger(world.size, state.costs)
         around = Surroundings(self.run, config, world, engine, catalogue, ledger, reporter.on_search)
         return Trainer(
@@ -212,7 +216,7 @@ class Job:
             policy=POLICIES[config.mixture.policy](around),
             callbacks=callbacks,
             state=state,
-            recorded=self._recorded(),
+            recorded=recorded,
             ledger=ledger,
         )
 
@@ -275,6 +279,13 @@ class Job:
                 raise UserError(
                     f"domain {name} in {self.catalogue.root} has other documents than the checkpoint's"
                 )
+        for name in state.domain_tokens:
+            if name not in self.catalogue.names:
+                raise UserError(f"data.domains lacks {name}, which the run has: a domain leaves by weight 0")
+        for name in self.catalogue.names:  # new ones join with the first mixture that gives them a weight
+            state.domain_tokens.setdefault(name, 0)
+            state.weights.setdefault(name, 0.0)
+        state.content = self._content()
         loader.load_state_dict(state.loader)
         loader.set_weights(state.weights)
         batch_size = self.config.train.global_batch_size

@@ -67,10 +67,45 @@ class MixturePolicy(ABC):
 
 
 class StaticPolicy(MixturePolicy):
-    """The initial mixture to the end."""
+    """The initial mixture, and those of ``mixture.schedule`` from their steps on."""
+
+    WHY = "mixture.schedule"
 
     def _decide(self, state: TrainerState, recorded: Mapping[int, MixtureRecord]) -> MixtureRecord | None:
-        return None
+        chosen = self.around.config.mixture.schedule.get(state.step)
+        if chosen is None:
+            return None
+        return MixtureRecord(
+            version=state.mixture_version + 1,
+            step=state.step,
+            weights=chosen_mixture(chosen, self.around.catalogue, f"mixture.schedule.{state.step}"),
+            why=self.WHY,
+        )
+
+
+def check_schedule(config: RunConfig, recorded: Mapping[int, MixtureRecord], step: int) -> None:
+    """Refuse a ``mixture.schedule`` that rewrites what the run has done.
+
+    Args:
+        recorded: decisions by their step.
+        step: the one that comes next.
+
+    Raises:
+        UserError: another mixture, or none, at a step that was decided; or one at a step that has passed.
+    """
+    schedule = config.mixture.schedule
+    for at in sorted({*schedule, *(at for at, record in recorded.items() if record.why == StaticPolicy.WHY)}):
+        if at not in recorded and at < step:
+            raise UserError(
+                f"mixture.schedule.{at} lies before step {step}, where the run is: name a later one"
+            )
+        if at in recorded and at not in schedule:
+            raise UserError(f"mixture.schedule.{at} is missing, which the run has acted on: put it back")
+        chosen = schedule.get(at)
+        if at in recorded and isinstance(chosen, dict):
+            taken = {name: weight for name, weight in recorded[at].weights.items() if weight}
+            if taken != {name: weight for name, weight in chosen.items() if weight}:
+                raise UserError(f"mixture.schedule.{at} is not what the run took there: put {taken} back")
 
 
 class OpMixPolicy(MixturePolicy):
@@ -272,8 +307,13 @@ def named_mixture(name: str, catalogue: Catalogue, current: Mapping[str, float])
     return dict(zip(catalogue.names, weights.tolist(), strict=True))
 
 
-def initial_mixture(chosen: str | Mapping[str, float], catalogue: Catalogue) -> dict[str, float]:
+def chosen_mixture(
+    chosen: str | Mapping[str, float], catalogue: Catalogue, key: str = "mixture.initial"
+) -> dict[str, float]:
     """Weights by domain, in the catalogue's order; a domain that is not named gets 0.
+
+    Args:
+        key: the setting that chose it.
 
     Raises:
         UserError: an unknown domain, a negative weight, or a sum that is not 1.
@@ -282,11 +322,11 @@ def initial_mixture(chosen: str | Mapping[str, float], catalogue: Catalogue) -> 
         return named_mixture(chosen, catalogue, {})
     for name, weight in chosen.items():
         if name not in catalogue.names:
-            raise UserError(f"mixture.initial names `{name}`, which is no domain of {catalogue.root}: "
+            raise UserError(f"{key} names `{name}`, which is no domain of {catalogue.root}: "
                             f"it has {', '.join(catalogue.names)}")  # fmt: skip
         if not 0 <= weight <= 1:
-            raise UserError(f"mixture.initial.{name} is {weight}: a weight lies between 0 and 1")
+            raise UserError(f"{key}.{name} is {weight}: a weight lies between 0 and 1")
     total = sum(chosen.values())
     if abs(total - 1) > 1e-6:
-        raise UserError(f"mixture.initial sums to {total:g}: weights must sum to 1")
+        raise UserError(f"{key} sums to {total:g}: weights must sum to 1")
     return {name: float(chosen.get(name, 0.0)) for name in catalogue.names}

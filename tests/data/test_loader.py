@@ -235,7 +235,7 @@ def test_skipped_eval_samples_are_those_of_the_other_caller(catalogue: Catalogue
     assert not {row.numpy().tobytes() for row in first.batch.tokens} & {
         row.numpy().tobytes() for row in rest.batch.tokens
     }
-    with pytest.raises(UserError, match="has 9 held-out samples and the search takes 9"):
+    with pytest.raises(UserError, match="has 9 held-out samples and 9 are set aside for searches"):
         eval_batches(catalogue, samples_per_domain=3, seed=1, skip=9)
 
 

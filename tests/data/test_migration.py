@@ -26,7 +26,7 @@ from opmix_dist.config import RunConfig, check_config
 from opmix_dist.data.caps import EpochCaps
 from opmix_dist.data.catalogue import SPLITS, Catalogue
 from opmix_dist.data.loader import MixtureLoader
-from opmix_dist.train.policy import initial_mixture
+from opmix_dist.train.policy import chosen_mixture
 from tests.data.corpora import read_documents
 from tests.data.migration_inputs import CHAT_TEMPLATE, EOS, chats, domain_texts, write_inputs, write_mds
 from tests.data.shard_files import write_catalogue
@@ -243,14 +243,14 @@ def row_probabilities(section: Section) -> dict[str, float]:
 def test_the_mixture_is_the_other_systems_weights_over_their_sum(ran: Ran, title: str) -> None:
     theirs = WEIGHTS[title](ran.sections[title])
     expected = {name: weight / sum(theirs.values()) for name, weight in theirs.items()}
-    assert initial_mixture(ran.config(title).mixture.initial, ran.catalogue(title)) == pytest.approx(expected)
+    assert chosen_mixture(ran.config(title).mixture.initial, ran.catalogue(title)) == pytest.approx(expected)
 
 
 def test_shares_of_rows_become_shares_of_samples(ran: Ran) -> None:
     """So that a run reads as many documents of each domain as ``interleave_datasets`` would have given."""
     title = "Hugging Face datasets"
     catalogue = ran.catalogue(title)
-    weights = initial_mixture(ran.config(title).mixture.initial, catalogue)
+    weights = chosen_mixture(ran.config(title).mixture.initial, catalogue)
     splits = {name: catalogue.domains[name].splits["train"] for name in catalogue.names}
     rows = {name: weights[name] * splits[name].documents / splits[name].samples for name in weights}
     found = {name: count / sum(rows.values()) for name, count in rows.items()}
@@ -260,7 +260,7 @@ def test_shares_of_rows_become_shares_of_samples(ran: Ran) -> None:
 @pytest.mark.parametrize("title", SYSTEMS)
 def test_a_loader_hands_the_domains_out_as_the_settings_say(ran: Ran, title: str) -> None:
     config, catalogue = ran.config(title), ran.catalogue(title)
-    weights = initial_mixture(config.mixture.initial, catalogue)
+    weights = chosen_mixture(config.mixture.initial, catalogue)
     batches = MixtureLoader(catalogue, weights, global_batch_size=4, rank=0, world_size=1, seed=config.seed)
     for batch in islice(batches, 5):
         assert batch.batch.tokens.shape == (4, 256)

@@ -388,6 +388,7 @@ def test_arrays_that_are_no_ids_are_refused(tmp_path: Path, monkeypatch: pytest.
     np.save(tmp_path / "no_eos.npy", np.array([1, 2]))
     np.save(tmp_path / "fortran.npy", np.asfortranarray(np.ones((2, 2), int)))
     (tmp_path / "odd.raw").write_bytes(b"12345")
+    np.tile(np.array([7, EOS], np.uint32), 50).tofile(tmp_path / "wide.raw")
     for name, reason in (
         ("float.npy", "is an array of float64"),
         ("pickle.npy", "is an array of object"),
@@ -395,6 +396,7 @@ def test_arrays_that_are_no_ids_are_refused(tmp_path: Path, monkeypatch: pytest.
         ("no_eos.npy", r"no EOS \(id 9\) in 2 tokens: is it the right tokenizer"),
         ("fortran.npy", "not of token ids in order"),
         ("odd.raw", "5 bytes are no whole number of uint16"),
+        ("wide.raw", "every second id is 0 as uint16"),
     ):
         with pytest.raises(UserError, match=rf"{name}.*{reason}"):
             documents(FileSource([str(tmp_path / name)], eos_id=EOS, token_dtype="uint16"))

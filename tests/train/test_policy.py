@@ -9,7 +9,7 @@ import pytest
 from opmix_dist.data.catalogue import Catalogue
 from opmix_dist.exchange.schemas import SearchStage, SearchStatus
 from opmix_dist.train import policy
-from opmix_dist.train.policy import Pulse, initial_mixture
+from opmix_dist.train.policy import Pulse, chosen_mixture
 from tests.conftest import DOMAINS
 
 
@@ -19,11 +19,11 @@ def catalogue(tiny_data: Path) -> Catalogue:
 
 
 def test_named_mixtures(catalogue: Catalogue) -> None:
-    assert initial_mixture("uniform", catalogue) == dict.fromkeys(DOMAINS, pytest.approx(1 / 3))
+    assert chosen_mixture("uniform", catalogue) == dict.fromkeys(DOMAINS, pytest.approx(1 / 3))
     samples = [catalogue.domains[name].splits["train"].samples for name in DOMAINS]
-    natural = initial_mixture("natural", catalogue)
+    natural = chosen_mixture("natural", catalogue)
     assert list(natural.values()) == pytest.approx([n / sum(samples) for n in samples])
-    assert initial_mixture({"prose": 1.0}, catalogue) == {"json": 0.0, "prose": 1.0, "python": 0.0}
+    assert chosen_mixture({"prose": 1.0}, catalogue) == {"json": 0.0, "prose": 1.0, "python": 0.0}
 
 
 def test_a_pulse_counts_from_the_last_change(monkeypatch: pytest.MonkeyPatch) -> None:

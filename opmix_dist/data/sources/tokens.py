@@ -16,6 +16,7 @@ from opmix_dist.errors import UserError
 TokenDType = Literal["uint16", "int32", "uint32", "int64"]
 MAX_DOCUMENT_TOKENS = 1 << 26
 _NUMPY_MAGIC = np.lib.format.MAGIC_PREFIX
+WIDTH_IDS = 64
 _MAX_ID = (1 << 32) - 1
 
 
@@ -122,12 +123,24 @@ def _array_pieces(stream: IO[bytes], file: File, form: TokenFormat) -> Iterator[
     left = file.size - stream.tell()
     if left % dtype.itemsize:
         raise UserError(f"{file.name}: {left} bytes are no whole number of {dtype.name}: check --token-dtype")
+    begin = left
     while left:
         data = stream.read(min(left, CHUNK_BYTES))
-        left -= len(data)
         if len(data) % dtype.itemsize or not data:
             raise UserError(f"{file.name} became shorter while it was read: run again")
-        yield np.frombuffer(data, dtype)
+        piece = np.frombuffer(data, dtype)
+        if left == begin and magic != _NUMPY_MAGIC:
+            _require_width(piece, file.name)
+        left -= len(data)
+        yield piece
+
+
+def _require_width(piece: np.ndarray, name: str) -> None:
+    """Refuse ids that were stored twice as wide: every second one is then 0, which may well be the EOS."""
+    if len(piece) >= WIDTH_IDS and not piece[1::2].any():
+        raise UserError(
+            f"{name}: every second id is 0 as {piece.dtype.name}: they are stored wider, check --token-dtype"
+        )
 
 
 def _numpy_header(stream: IO[bytes], file: File) -> np.dtype:
