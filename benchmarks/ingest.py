@@ -66,7 +66,7 @@ WORD = re.compile(r"[a-z]{5,}")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=int, nargs="+", default=[48, 192], help="sizes of the corpus")
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[32, 128], help="sizes of the corpus")
     parser.add_argument("--documents", type=int, nargs="+", default=[3_000_000, 12_000_000])
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repeats", type=int, default=2)
@@ -100,11 +100,11 @@ def corpus(megabytes: int) -> Iterator[str]:
     """Texts of so many million characters; in each copy of a text another of its longer words is reversed."""
     texts, size = builtin_texts(), 0
     for copy in itertools.count():
-        for text in texts:
+        for number, text in enumerate(texts):
             words = WORD.findall(text)
             word = words[copy % len(words)] if words else ""
-            changed = f"{copy}\n{text.replace(word, word[::-1])}" if copy and word else text
-            yield changed
+            changed = f"{copy} {number}\n{text.replace(word, word[::-1]) if copy and word else text}"
+            yield changed  # its numbers keep it from being a duplicate
             size += len(changed)
             if size >= megabytes * 1_000_000:
                 return
@@ -159,6 +159,7 @@ def measure(folder: Path, megabytes: int, tokenizer: TokenizerFiles, workers: in
         shutil.rmtree(out, ignore_errors=True)
         whole.append(run_prepare(file, out, tokenizer, workers))
     info = json.loads((out / "web" / "domain.json").read_text())
+    assert not info["documents_duplicate"], "tokenizers alone would have more to do"
     tokens = sum(split["tokens"] for split in info["splits"].values())
     documents = sum(split["documents"] for split in info["splits"].values())
     return Row(megabytes, documents, tokens, Usage.best(alone), Usage.best(whole))
@@ -188,6 +189,7 @@ def encode(
 ) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     backend = tokenizer.backend()
+    batches = [[text.encode().decode() for text in batch] for batch in batches]  # no page shared any more
     barrier.wait()
     began = time.process_time()
     for batch in batches:
@@ -307,6 +309,8 @@ def report(rows: Sequence[Row], begin: Usage, workers: int, repeats: int) -> str
             "# `opmix prepare` against `tokenizers` alone\n",
             f"{describe(*PACKAGES)}; {workers} worker processes, the best of {repeats} runs each.",
             "`python -m benchmarks.ingest`; its docstring says what is measured.\n",
+            f"Load average at the end: {os.getloadavg()[2]:.1f} over 15 minutes. Where it is above the "
+            "number of workers, other jobs had the cores too: CPU seconds compare then, seconds do not.\n",
             f"Start-up, which is subtracted: {begin.seconds:.1f} s, {begin.cpu_seconds:.1f} CPU seconds.\n",
             table([*head, "peak memory"], [cells(row) for row in rows]),
         ]
