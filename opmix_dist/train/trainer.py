@@ -79,7 +79,8 @@ class Trainer:
                 files.append_jsonl(self.run.mixtures_file, record.model_dump())
         if record.changed:
             self.loader.set_weights(record.weights)
-        self.state.weights = record.weights
+        # one that was recorded before a domain joined does not name it
+        self.state.weights = {name: record.weights.get(name, 0.0) for name in self.catalogue.names}
         self.state.mixture_version = record.version
         self._announce("on_mixture", record)
 
