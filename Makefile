@@ -41,7 +41,7 @@ evidence-small: setup ## the small benchmark that the documentation quotes
 .PHONY: bench-data
 bench-data: setup ## loaders and ingest beside what others use; some 25 minutes on free cores
 	$(BIN)/python -m benchmarks.loader --out benchmarks/results/loader.md
-	$(BIN)/python -m benchmarks.ingest --out benchmarks/results/ingest.md
+	$(BIN)/python -m benchmarks.ingest
 
 .PHONY: lock
 lock: ## write the locks again (needs uv); pins stay where they can: delete the locks for the newest
