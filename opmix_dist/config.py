@@ -88,12 +88,20 @@ class DataConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _remote_needs_cache(self) -> DataConfig:
+    def _cache_fits_root(self) -> DataConfig:
         if is_url(self.root) and self.cache is None:
             raise ValueError(
                 f"data.root {self.root} is remote: set data.cache to a local folder for its shards"
             )
+        if self.cache_limit is not None and self.cache is None:
+            raise ValueError("data.cache_limit bounds data.cache, which is not set: set both or none")
         return self
+
+    def epochs_by_domain(self, names: Sequence[str]) -> dict[str, float]:
+        """``max_epochs`` of the domains that have one."""
+        if self.max_epochs is None or isinstance(self.max_epochs, dict):
+            return self.max_epochs or {}
+        return dict.fromkeys(names, self.max_epochs)
 
 
 class EngineConfig(Section):
@@ -154,7 +162,7 @@ class MixtureConfig(Section):
     policy: Literal["static", "opmix"] = Field("opmix", description="who decides the mixture during the run")
     initial: Literal["uniform", "natural"] | dict[str, float] = Field(
         "uniform",
-        description="mixture at step 0; natural is in proportion to tokens; or weights that sum to 1",
+        description="mixture at step 0; natural is in proportion to samples; or weights that sum to 1",
     )
     schedule: dict[Annotated[int, Field(ge=1)], Literal["uniform", "natural"] | dict[str, float]] = Field(
         default_factory=dict,

@@ -64,6 +64,7 @@ def test_overrides_are_typed_and_nested() -> None:
         ("--data.max_epochs=often", "^setting `data.max_epochs`: .*valid number.*'often'"),
         ("--data.root=s3://bucket/data", "data.root s3://bucket/data is remote: set data.cache"),
         ("--data.cache_limit=much", "setting `data.cache_limit`: could not parse.*'much'"),
+        ("--data.cache_limit=1GB", "data.cache_limit bounds data.cache, which is not set"),
         ("--data.cache_limit=0", "setting `data.cache_limit`: .*greater than 0"),
         ("--model.attention=flash_attention_2", "^model.attention flash_.* engine.param_dtype to bfloat16"),
         ("--seed", "setting `seed` has no value"),

@@ -190,7 +190,7 @@ class Job:
             seed=derive_seed(config.seed, "data"),
             num_workers=config.data.num_workers,
             prefetch_batches=config.data.prefetch_batches,
-            max_epochs=self._max_epochs(),
+            max_epochs=config.data.epochs_by_domain(catalogue.names),
             on_exhausted=config.data.on_exhausted,
             shuffle_block=config.data.shuffle_block,
             reading=read_options(config.data),
@@ -256,12 +256,6 @@ class Job:
             seed=self.config.seed,
             skip=self.config.search.candidates.samples_per_domain,
         )
-
-    def _max_epochs(self) -> dict[str, float] | None:
-        limit = self.config.data.max_epochs
-        if limit is None or isinstance(limit, dict):
-            return limit
-        return dict.fromkeys(self.catalogue.names, limit)
 
     def _restore(self, engine: Engine, checkpointer: Checkpointer, loader: MixtureLoader) -> TrainerState:
         step = checkpointer.newest()

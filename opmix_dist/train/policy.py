@@ -194,22 +194,10 @@ class OpMixPolicy(MixturePolicy):
             composition=components.matrix.tolist(),
             current=state.weights,
             prior=named_mixture(config.search.proposal.prior, catalogue, state.weights),
-            caps=self._caps(state),
+            caps=share_caps(config, catalogue, state),
             base_lr=config.optimizer.lr,
             seed=derive_seed(config.seed, "search", self.SEARCH),
         )
-
-    def _caps(self, state: TrainerState) -> list[float] | None:
-        """Largest shares that keep every domain within ``max_repetitions`` epochs over the whole run."""
-        config, catalogue = self.around.config, self.around.catalogue
-        if config.search.proposal.max_repetitions is None:
-            return None
-        available = catalogue.samples("train") * float(catalogue.sequence_length)
-        read = np.array([state.domain_tokens[name] for name in catalogue.names], dtype=np.float64)
-        allowed = config.search.proposal.max_repetitions
-        step_tokens = config.train.global_batch_size * catalogue.sequence_length
-        left = (config.train.steps - state.step) * step_tokens
-        return repetition_caps(np.maximum(available - read / allowed, 0.0), allowed, left).tolist()
 
     def _look(self, state: TrainerState) -> str:
         """On the leader: the decision as JSON, or "" while the search is under way."""
@@ -299,12 +287,34 @@ POLICIES: dict[str, type[MixturePolicy]] = {"static": StaticPolicy, "opmix": OpM
 
 
 def named_mixture(name: str, catalogue: Catalogue, current: Mapping[str, float]) -> dict[str, float]:
-    """``uniform``, ``natural`` (in proportion to training tokens) or ``current``, by domain."""
+    """``uniform``, ``natural`` (in proportion to training samples, so that all domains end an epoch together)
+    or ``current``, by domain."""
     if name == "current":
         return dict(current)
     samples = catalogue.samples("train").astype(np.float64)
     weights = samples / samples.sum() if name == "natural" else np.full(len(samples), 1 / len(samples))
     return dict(zip(catalogue.names, weights.tolist(), strict=True))
+
+
+def share_caps(config: RunConfig, catalogue: Catalogue, state: TrainerState) -> list[float] | None:
+    """Largest share of each domain [D], at most 1, in what is left of the run; None where nothing bounds one.
+
+    A domain is read ``search.proposal.max_repetitions`` times at most over the whole run, and where it would
+    stop the run (``data.on_exhausted``), no more than its ``data.max_epochs`` either.
+    """
+    repetitions = config.search.proposal.max_repetitions
+    stops = config.data.on_exhausted == "stop"
+    epochs = config.data.epochs_by_domain(catalogue.names) if stops else {}
+    if repetitions is None and not epochs:
+        return None
+    samples, length = catalogue.samples("train").astype(np.float64), catalogue.sequence_length
+    allowed = samples * (np.inf if repetitions is None else repetitions)
+    # the sampler may be one sample behind the mixture now, and one ahead of it at the end
+    before_stop = np.floor(samples * [epochs.get(name, np.inf) for name in catalogue.names]) - 2
+    read = np.array([state.domain_tokens[name] for name in catalogue.names], dtype=np.float64)
+    available = np.maximum(np.minimum(allowed, before_stop) * length - read, 0.0)
+    left = (config.train.steps - state.step) * config.train.global_batch_size * length
+    return np.minimum(repetition_caps(available, 1.0, left), 1.0).tolist()
 
 
 def chosen_mixture(

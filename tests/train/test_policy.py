@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from opmix_dist.config import check_config
 from opmix_dist.data.catalogue import Catalogue
+from opmix_dist.data.sampler import MixtureSampler
 from opmix_dist.exchange.schemas import SearchStage, SearchStatus
 from opmix_dist.train import policy
-from opmix_dist.train.policy import Pulse, chosen_mixture
+from opmix_dist.train.policy import Pulse, chosen_mixture, share_caps
+from opmix_dist.train.state import TrainerState
 from tests.conftest import DOMAINS
+from tests.train.jobs import BATCH, LENGTH, tiny_config
 
 
 @pytest.fixture
@@ -24,6 +29,63 @@ def test_named_mixtures(catalogue: Catalogue) -> None:
     natural = chosen_mixture("natural", catalogue)
     assert list(natural.values()) == pytest.approx([n / sum(samples) for n in samples])
     assert chosen_mixture({"prose": 1.0}, catalogue) == {"json": 0.0, "prose": 1.0, "python": 0.0}
+
+
+def state_of(read: dict[str, int], step: int) -> TrainerState:
+    """``read``: samples of each domain so far."""
+    tokens = {name: count * LENGTH for name, count in read.items()}
+    even = dict.fromkeys(DOMAINS, 1 / 3)
+    return TrainerState(
+        step=step, weights=even, domain_tokens=tokens, content={}, world_size=1, global_batch_size=BATCH
+    )
+
+
+def test_caps_on_shares_by_hand(catalogue: Catalogue) -> None:
+    """16 steps of 8 samples, of which 4 are done: 96 samples are left."""
+    samples, read = catalogue.samples("train").tolist(), (11, 10, 11)
+    state = state_of(dict(zip(DOMAINS, read, strict=True)), step=4)
+
+    def caps(repetitions: float | None = None, **data: object) -> list[float] | None:
+        config = tiny_config(catalogue.root, Path("run"))
+        config["data"] |= data
+        config["search"]["proposal"] = {"max_repetitions": repetitions}
+        return share_caps(check_config(config), catalogue, state)
+
+    assert caps() is None
+    assert caps(0.1) == pytest.approx([(0.1 * n - r) / 96 for n, r in zip(samples, read, strict=True)])
+    assert caps(5.0) == [1, 1, 1], "they do not bind"
+    limit = {"json": 40.5 / samples[0]}
+    assert caps(max_epochs=limit) == pytest.approx([(40 - 2 - 11) / 96, 1, 1])
+    assert caps(max_epochs=limit, on_exhausted="renormalize") is None
+    assert caps(5 / max(samples), max_epochs=limit) == [0, 0, 0], "read more often than that already"
+    assert caps(max_epochs=0.1) == pytest.approx(
+        [(n // 10 - 2 - r) / 96 for n, r in zip(samples, read, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_share_at_its_cap_does_not_stop_the_run(catalogue: Catalogue, seed: int) -> None:
+    """The sampler draws the rest of the run at the cap, from wherever other weights have led it."""
+    rng = np.random.default_rng(seed)
+    samples = dict(zip(DOMAINS, catalogue.samples("train").tolist(), strict=True))
+    limit = {"json": 60 / samples["json"]}
+    sampler = MixtureSampler(
+        {name: [count] for name, count in samples.items()}, dict.fromkeys(DOMAINS, 1 / 3),
+        global_batch_size=BATCH, seed=seed, max_epochs=limit,
+    )  # fmt: skip
+    for _ in range(4):
+        sampler.set_weights(dict(zip(DOMAINS, rng.dirichlet(np.ones(3)), strict=True)))
+        sampler.draw()
+    read = dict(zip(DOMAINS, sampler.position.drawn.tolist(), strict=True))
+    config = tiny_config(catalogue.root, Path("run"))
+    config["data"]["max_epochs"] = limit
+    caps = share_caps(check_config(config), catalogue, state_of(read, step=4))
+    assert caps is not None
+    assert 0 < caps[0] < 1
+    sampler.set_weights({"json": caps[0], "prose": 1 - caps[0]})
+    for _ in range(12):
+        sampler.draw()
+    assert 56 <= sampler.position.drawn[0] <= 60
 
 
 def test_a_pulse_counts_from_the_last_change(monkeypatch: pytest.MonkeyPatch) -> None:
