@@ -7,9 +7,13 @@ cache are the result. The process ends with its input, or with its parent.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import itertools
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +22,7 @@ from collections.abc import Sequence
 from typing import IO, Any
 
 from opmix_dist.data.shards import ShardedSplit
-from opmix_dist.data.store import ShardStore
+from opmix_dist.data.store import ShardStore, one_line
 from opmix_dist.errors import UserError
 from opmix_dist.process import die_with_parent
 
@@ -27,10 +31,14 @@ log = logging.getLogger(__name__)
 MAX_STARTS = 3
 PAUSE_AFTER_FAILURE_S = 30.0
 IDLE_S = 0.5
+# Linux's default for who is not root; the folders of 2,000 domains take an eighth of it
+PIPE_BYTES = 1 << 20
 
 
 class Fetcher:
     """The loader's end of the process, which is started with the first wish and again when it has died.
+
+    Nothing here waits: while the process is busy, or stopped, the newest wish replaces the one before it.
 
     Args:
         splits: by the index that wishes use; all of one store.
@@ -41,43 +49,66 @@ class Fetcher:
         store = splits[0].store
         assert store is not None
         self._hello = {"store": store.to_json(), "folders": [s.folder for s in splits], "threads": threads}
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._starts = 0
+        self._writing, self._next = b"", b""  # rest of the message under way, and the one after it
 
     def want(self, shards: list[tuple[int, int]]) -> None:
         """Replace what is to be fetched. Never raises: without it, shards are fetched when they are read."""
-        if self._process is None and not self._start():
-            return
         try:
-            self._send(shards)
+            if self._process is None and not self._start():
+                return
+            self._next = _line(shards)
+            self._write()
         except OSError:
-            self.close()
+            self._end()
             if self._starts < MAX_STARTS:
                 log.warning("the process that fetches shards ahead has died: starting another")
             else:
                 log.warning("the process that fetches shards ahead died again: going on without it")
 
     def close(self) -> None:
+        """End the process; a later wish starts it again."""
+        self._end()
+        self._starts = 0
+
+    def _end(self) -> None:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+            assert self._process.stdin is not None
+            self._process.stdin.close()
             self._process = None
 
     def _start(self) -> bool:
         if self._starts == MAX_STARTS:
             return False
         self._starts += 1
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "opmix_dist.data.fetcher"], stdin=subprocess.PIPE, text=True
-        )
-        self._send(self._hello)
+        command = [sys.executable, "-m", "opmix_dist.data.fetcher"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0)
+        assert self._process.stdin is not None
+        os.set_blocking(self._process.stdin.fileno(), False)
+        with contextlib.suppress(OSError):  # a smaller pipe does, it takes longer to start
+            fcntl.fcntl(self._process.stdin, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        self._writing = _line(self._hello)
         return True
 
-    def _send(self, message: Any) -> None:
+    def _write(self) -> None:
+        """Write as much as the pipe takes now; the rest goes with the next wish."""
         assert self._process is not None
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(message) + "\n")
-        self._process.stdin.flush()
+        while self._writing or self._next:
+            if not self._writing:
+                self._writing, self._next = self._next, b""
+            try:
+                written = os.write(self._process.stdin.fileno(), self._writing)
+            except BlockingIOError:
+                return
+            self._writing = self._writing[written:]
+
+
+def _line(message: Any) -> bytes:
+    return json.dumps(message).encode() + b"\n"
 
 
 class _Wishes:
@@ -123,10 +154,21 @@ def serve(lines: IO[str]) -> None:
     for _ in range(hello["threads"]):
         threading.Thread(target=_work, args=(store, splits, wishes), daemon=True).start()
     for line in lines:
-        wanted = [(split, shard) for split, shard in json.loads(line)]
-        wishes.replace(wanted)
-        for split, shard in wanted:  # nothing that is needed soon gives way to what is fetched
+        wanted = _that_fit(splits, store.limit_bytes, [(split, shard) for split, shard in json.loads(line)])
+        # nothing that is needed soon gives way to what is fetched, what is needed first least of all
+        for split, shard in reversed(wanted):
             store.touch(splits[split].local / splits[split].files[shard].raw_name)
+        wishes.replace(wanted)
+
+
+def _that_fit(
+    splits: Sequence[ShardedSplit], limit_bytes: int | None, wanted: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """The first of ``wanted`` that the cache holds together; with more, they would push each other out."""
+    if limit_bytes is None:
+        return wanted
+    ends = itertools.accumulate(splits[split].files[shard].raw_bytes for split, shard in wanted)
+    return wanted[: sum(1 for _ in itertools.takewhile(lambda end: end <= limit_bytes, ends))]
 
 
 def _work(store: ShardStore, splits: Sequence[ShardedSplit], wishes: _Wishes) -> None:
@@ -138,12 +180,16 @@ def _work(store: ShardStore, splits: Sequence[ShardedSplit], wishes: _Wishes) ->
         except UserError as error:  # whoever reads the shard meets it too, and stops
             log.warning("%s", error)
             failed = True
+        except Exception as error:  # else each unforeseen one would end a thread, unseen
+            log.warning("shard %d of %s: %s", pair[1], splits[pair[0]].local, one_line(error))
+            failed = True
         finally:
             wishes.done(pair, failed=failed)
 
 
 if __name__ == "__main__":
     die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the loader's, which ends this process
     logging.basicConfig(format="fetcher: %(message)s")
     serve(sys.stdin)
     os._exit(0)  # threads that fetch for nobody any more

@@ -8,6 +8,7 @@ is that of the last batch handed out, and new weights act on the next one.
 from __future__ import annotations
 
 import logging
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,11 +26,15 @@ from opmix_dist.data.lookahead import Lookahead
 from opmix_dist.data.remote import open_catalogue
 from opmix_dist.data.sampler import SHUFFLE_BLOCK, MixtureSampler, Position
 from opmix_dist.data.samples import Sample
-from opmix_dist.data.shards import ShardedSplit
+from opmix_dist.data.shards import ShardedSplit, import_reader
+from opmix_dist.data.store import one_line
 from opmix_dist.errors import UserError
 from opmix_dist.seeds import derive_seed
 
 log = logging.getLogger(__name__)
+
+# DataLoader raises a RuntimeError in these words, from its iterator or from its handler of SIGCHLD
+_WORKER_DIED = re.compile(r"^DataLoader worker \(pid")
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,7 @@ class MixtureLoader:
         self._num_workers, self._prefetch_batches = num_workers, prefetch_batches
         self._workers: DataLoader[Any] | None = None
         self._fetcher = self._start_fetcher()
+        self._position: Position  # behind the last batch handed out
         self._warn_of_a_small_cache(shuffle_block)
         self._rewind(self._sampler.position)
 
@@ -141,10 +147,14 @@ class MixtureLoader:
         """The next batch.
 
         Raises:
-            UserError: a sample cannot be read, or a domain is used up. The loader then stands before this
-                batch, which can be asked for again.
+            UserError: a sample cannot be read, a reader process has died, or a domain is used up. After this
+                or any other exception the loader stands before this batch, which can be asked for again.
         """
-        batch = self._receive()
+        try:
+            batch = self._receive()
+        except BaseException:  # what arrives next would be taken for the batch that did not
+            self._rewind(self._position)
+            raise
         planned = self._planned.popleft()
         self._position = planned.after
         return LoadedBatch(batch, planned.domain_ids, planned.after.batches - 1)
@@ -254,7 +264,8 @@ class MixtureLoader:
 
     def _rewind(self, position: Position) -> None:
         """Stand behind the batch at ``position``; what was planned beyond it is planned again."""
-        self._sampler.position = self._position = position
+        self._sampler.position = position
+        self._position = position
         self._planned: deque[_Planned] = deque()
         self._stop: UserError | None = None
         self._arriving: Iterator[Any] | None = None
@@ -262,20 +273,29 @@ class MixtureLoader:
 
     def _receive(self) -> TokenBatch:
         """The oldest planned batch [B/W, T], or what stopped its reading or the plan, raised."""
-        if self._arriving is None:
-            self._arriving = self._start()
         try:
+            if self._arriving is None:
+                self._arriving = self._start()
             received = next(self._arriving)
         except StopIteration:
             received = self._stop
+        except RuntimeError as error:
+            if not _WORKER_DIED.search(str(error)):
+                raise
+            self._workers = None  # a later batch starts others
+            raise UserError(
+                f"{one_line(error)}: it reads samples, and something ended it, such as a lack of memory; see "
+                f"the kernel's log, or lower data.num_workers"
+            ) from None
         if isinstance(received, UserError):
-            self._rewind(self._position)
             raise received
         return TokenBatch.of_rows(received, mask_documents=self._options.mask_documents)
 
     def _start(self) -> Iterator[Any]:
         """Iterate over the plan anew; live workers stay, and what they read of an older plan is dropped."""
         if self._workers is None:
+            if self._num_workers:
+                import_reader()
             self._workers = DataLoader(
                 self._reader,
                 batch_sampler=_Plan(self._plan),

@@ -62,7 +62,9 @@ class Sample:
         tokens, ends = row[_TOKENS], np.frombuffer(row[_ENDS], dtype="<u4")
         spans = np.frombuffer(row[_SPANS], dtype="<u4").reshape(-1, 2) if _SPANS in row else None
         marks = ends if spans is None else np.append(ends, spans.ravel())
-        if tokens.ndim != 1 or (len(marks) and marks.max() > len(tokens)):
+        if tokens.ndim != 1 or len(tokens) == 0:
+            raise ValueError(f"its tokens have the shape {list(tokens.shape)}, not one of at least 1")
+        if len(marks) and marks.max() > len(tokens):
             raise ValueError("its document ends lie outside of it")
         return cls(tokens, ends, spans)
 

@@ -6,6 +6,7 @@ another live process reads, while here trainers and pool read the same shards. I
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -26,8 +27,13 @@ OPEN_READERS = 256
 READ_ATTEMPTS = 5
 
 
+# Of what decodes shards, once: it takes seconds. Who forks readers calls it before, so that they need not.
+import_reader = functools.cache(import_streaming)
+
+
 class _File(BaseModel):
-    basename: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="no path: stays in the folder")
+    # no path, so that it stays in the folder; and what a cache counts and removes, see ShardStore
+    basename: str = Field(pattern=r"^shard\.[A-Za-z0-9_.-]*mds(\.zstd)?$")
     bytes: int = Field(ge=1)
     hashes: dict[str, str] = {}
 
@@ -179,13 +185,12 @@ class ShardedSplit:
             raise self._damaged(shard, "its hash is not the one of its index: flipped bytes")
 
     def _reader(self, shard: int) -> Any:
-        reader = self._readers.get(shard)
-        if reader is None:
-            reader = _mds_reader(self.local, self.files[shard], *self._columns)
-            self._readers[shard] = reader
+        if shard not in self._readers:
+            self._readers[shard] = _mds_reader(self.local, self.files[shard], *self._columns)
             if len(self._readers) > OPEN_READERS:
                 self._readers.popitem(last=False)
-        return reader
+        self._readers.move_to_end(shard)
+        return self._readers[shard]
 
     def _damaged(self, shard: int, what: str) -> UserError:
         path = self.local / self.files[shard].raw_name
@@ -197,7 +202,7 @@ def _reopened(local: Path, store: ShardStore | None, verify: bool) -> ShardedSpl
 
 
 def _mds_reader(local: Path, file: StoredFile, names: Sequence[str], encodings: Sequence[str]) -> Any:
-    import_streaming()
+    import_reader()
     from streaming.base.format.base.reader import FileInfo
     from streaming.base.format.mds.encodings import get_mds_encoded_size
     from streaming.base.format.mds.reader import MDSReader

@@ -1,6 +1,8 @@
 import json
 import multiprocessing
+import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -196,6 +198,20 @@ def test_truncated_shard_is_named_in_one_line(spoilt: Catalogue, workers: int) -
     shard.write_bytes(whole)
     assert sorted(samples(next(loader))) == [(1, sample) for sample in range(25)]
     loader.close()
+
+
+def test_a_killed_reader_is_told_in_one_line_and_replaced(make: Make) -> None:
+    expected = take(make(), 6)
+    loader = make(num_workers=2)
+    assert take(loader, 2) == expected[:2]
+    for worker in multiprocessing.active_children():
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match=r"DataLoader worker \(pid.*data.num_workers") as caught:
+        take(loader, 8)
+    assert "\n" not in str(caught.value)
+    handed_out = int(loader.counts().sum()) // 8
+    assert take(loader, 6 - handed_out) == expected[handed_out:]
 
 
 def test_shards_that_contradict_the_catalogue(spoilt: Catalogue) -> None:

@@ -172,6 +172,38 @@ def test_a_store_that_fails_in_the_fetcher_stops_the_reader_with_one_line(
     remote.close()
 
 
+def test_an_alarm_while_a_batch_is_read_loses_none(
+    server: S3Server, url: str, written: Catalogue, tmp_path: Path
+) -> None:
+    """Any exception leaves the loader before the batch that it came in place of."""
+    catalogue = open_catalogue(url, list(SIZES), ShardStore(url, tmp_path / "cache"))
+    remote, expected = loader(catalogue, reading=ReadOptions(fetch_ahead=0)), loader(written)
+    assert take(remote, 1) == take(expected, 1)
+    server.latency_s = 0.5
+    handler = signal.signal(signal.SIGALRM, _ring)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(_Alarm):  # one shard that is not here takes longer
+            take(remote, 8)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    server.latency_s = 0.0
+    number = remote.counts().sum() // 4
+    assert next(remote).number == number
+    expected.load_state_dict(remote.state_dict())
+    assert take(remote, 3) == take(expected, 3)
+    assert (next(remote).domain_ids == next(expected).domain_ids).all()
+
+
+class _Alarm(BaseException):  # as KeyboardInterrupt: no failure of the store
+    pass
+
+
+def _ring(*_: object) -> None:
+    raise _Alarm
+
+
 def test_a_domain_joins_from_the_store(
     server: S3Server, url: str, written: Catalogue, tmp_path: Path
 ) -> None:
@@ -249,6 +281,30 @@ def test_the_lookahead_names_shards_in_the_order_of_need(written: Catalogue) -> 
     seen = list(dict.fromkeys(itertools.chain(*told)))
     assert seen == order[: len(seen)]
     assert len(seen) > 10
+
+
+def test_of_shards_that_are_here_the_lookahead_names_the_nearest(
+    written: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of thousands each time would take longer to tell than a batch takes; missing ones are named."""
+    monkeypatch.setattr("opmix_dist.data.lookahead.NEAR_SHARDS", 3)
+    splits = [_OneAbsent(written.split_dir(name, "train")) for name in written.names]
+    told: list[list[tuple[int, int]]] = []
+    lookahead = Lookahead(sampler_of(written), splits, slice(0, 4), ahead=4, tell=told.append)
+    lookahead.step(0)
+    order = [(list(SIZES).index(name.split("/")[0]), int(name[-5:])) for name in order_of_need(written)]
+    first_missing = order.index((0, 7))
+    assert first_missing > 3
+    for batch in range(1, 4):  # of 8 batches each
+        lookahead.step(batch)
+    assert (0, 7) in told[-1]
+    assert all(pairs[:3] == order[order.index(pairs[0]) :][:3] for pairs in told)
+    assert all(set(pairs[3:]) <= {(0, 7), (1, 7)} for pairs in told)
+
+
+class _OneAbsent(ShardedSplit):
+    def is_here(self, shard: int) -> bool:
+        return shard != 7
 
 
 class _Absent(ShardedSplit):

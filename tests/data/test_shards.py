@@ -1,6 +1,7 @@
 import json
 import pickle
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,32 @@ def test_samples_of_any_length_without_ends_and_with_spans(tmp_path: Path) -> No
     for found, written in zip(read, (short, chat), strict=True):
         for field in ("tokens", "ends", "spans"):
             np.testing.assert_array_equal(getattr(found, field), getattr(written, field))
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 2), ()])
+def test_tokens_that_are_no_sample(shape: tuple[int, ...]) -> None:
+    """MDSWriter writes none, a damaged shard may hold one."""
+    with pytest.raises(ValueError, match="tokens have the shape"):
+        Sample.from_row({"tokens": np.zeros(shape, dtype=np.uint16), "ends": b""})
+
+
+def test_memory_of_a_shard(folder: Path) -> None:
+    """A trillion tokens are 30,000 shards, in every reader process."""
+
+    def grow(index: dict[str, Any]) -> None:
+        file = index["shards"][0]["raw_data"]
+        index["shards"] = [
+            {**index["shards"][0], "raw_data": {**file, "basename": f"shard.{number:05}.mds"}}
+            for number in range(2_000)
+        ]
+
+    edit_index(folder, grow)
+    tracemalloc.start()
+    split = ShardedSplit(folder)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(split.files) == 2_000
+    assert taken < 500 * 2_000
 
 
 def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
@@ -166,8 +193,10 @@ def test_other_columns_are_refused(
         ShardedSplit(tmp_path)
 
 
-@pytest.mark.parametrize("basename", ["../shard.00000.mds", "/etc/passwd", "..", "a/b", "", "shard.mds\n"])
-def test_file_name_that_leaves_the_folder(folder: Path, basename: str) -> None:
+@pytest.mark.parametrize(
+    "basename", ["../shard.00000.mds", "/etc/passwd", "..", "a/b", "", "shard.mds\n", "index.json"]
+)
+def test_file_name_that_leaves_the_folder_or_is_no_shards(folder: Path, basename: str) -> None:
     path = edit_index(folder, lambda index: index["shards"][0]["raw_data"].update(basename=basename))
     with pytest.raises(UserError, match=rf"{path}: `shards.0.raw_data.basename`"):
         ShardedSplit(folder)

@@ -185,7 +185,7 @@ def test_a_full_disk_is_named(small_disk: Path, tmp_path: Path) -> None:
     split = open_split(tmp_path / "remote", small_disk)
     with pytest.raises(UserError, match=r"shard.00000.mds: cannot be written \(No space left") as caught:
         split.read(0)
-    assert "mend data.cache" in str(caught.value)
+    assert "mend or move data.cache" in str(caught.value)
     assert shards(small_disk) == set()
 
 
@@ -202,6 +202,26 @@ def test_a_write_that_the_kernel_refuses_is_named(remote: Path, tmp_path: Path) 
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
     assert read_all(split) == EXPECTED
+
+
+def test_a_cache_that_cannot_be_made_is_named(remote: Path, tmp_path: Path) -> None:
+    file = ShardedSplit(remote / "web/train").files[0]
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    with pytest.raises(UserError, match=r"shard.00000.mds: cannot be written .*data.cache"):
+        ShardStore(str(remote), tmp_path / "cache").fetch("web/train", file)
+
+
+def test_a_try_that_was_given_up_cannot_write_any_more(remote: Path, tmp_path: Path) -> None:
+    """It may wake up while, or after, another one fetches the same shard."""
+    file = ShardedSplit(remote / "web/train").files[0]
+    store, local = ShardStore(str(remote), tmp_path / "cache"), tmp_path / "cache/shard.00000.mds"
+    local.parent.mkdir()
+    with store._room(local, file) as given_up:
+        pass
+    with store._room(local, file):
+        with pytest.raises(ValueError, match="closed file"):
+            store._copy(f"{remote}/web/train/shard.00000.mds", file, given_up)
+        assert not any((tmp_path / "cache/shard.00000.mds.part").read_bytes())
 
 
 LEFT_BEHIND = """
