@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from opmix_dist.data.catalogue import DOMAIN_FILE, SPLITS, TOKENIZER, Catalogue, check_domain_name
 from opmix_dist.data.samples import INDEX_FILE
-from opmix_dist.data.store import LOCKS, ShardStore, one_line, write_whole
+from opmix_dist.data.store import LOCKS, ShardStore, one_line, within, write_whole
 from opmix_dist.errors import UserError
 
 
@@ -45,7 +45,22 @@ def mirror(store: ShardStore, domains: Sequence[str] | None) -> list[str]:
 
     Every process does this for itself, under a lock. ``domain.json`` is read anew each time, so that a cache
     of data that was prepared again since is noticed; it is written last.
+
+    Raises:
+        UserError: as :func:`open_catalogue`, or all of it took longer than the store's ``timeout_s``.
     """
+    names: list[str] = []
+    try:
+        within(store.timeout_s, lambda: names.extend(_mirror(store, domains)))
+    except TimeoutError as error:
+        raise UserError(
+            f"data.root {store.remote} cannot be read: {error}; see to the store, or to another process that "
+            f"reads it into {store.cache}, or raise data.fetch_timeout_s"
+        ) from None
+    return names
+
+
+def _mirror(store: ShardStore, domains: Sequence[str] | None) -> list[str]:
     with _reading(store.remote) as remote:
         names = sorted(remote.domains()) if domains is None else list(domains)
         store.cache.mkdir(parents=True, exist_ok=True)

@@ -225,6 +225,15 @@ def test_all_domains_are_found(url: str, tmp_path: Path) -> None:
     assert catalogue.load_tokenizer().eos_token_id is not None
 
 
+def test_a_store_that_hangs_while_descriptions_are_read_is_told(
+    server: S3Server, url: str, tmp_path: Path
+) -> None:
+    server.latency_s = 3.0
+    with pytest.raises(UserError, match=r"data.root s3://\S* cannot be read: no answer within 1 s") as caught:
+        open_catalogue(url, list(SIZES), ShardStore(url, tmp_path / "cache", timeout_s=1.0))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_second_opening_reads_descriptions_only(server: S3Server, url: str, tmp_path: Path) -> None:
     store = ShardStore(url, tmp_path / "cache")
     open_catalogue(url, list(SIZES), store)
