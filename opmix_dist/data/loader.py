@@ -174,7 +174,8 @@ class MixtureLoader:
         Raises:
             UserError: weights that are no mixture of domains that can be found; nothing changes then.
         """
-        if joining := [name for name in weights if name not in self.names]:
+        known = set(self.names)
+        if joining := [name for name in weights if name not in known]:
             self._join(joining, weights, max_epochs)
         self._sampler.set_weights(weights)
         self._rewind(self._position)
@@ -386,7 +387,8 @@ class _SampleReader(Dataset[Sample]):
 
     def shard_sizes(self, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Samples per shard, by domain."""
-        return {name: self.splits[self.names.index(name)].shard_sizes for name in names}
+        split_of = dict(zip(self.names, self.splits, strict=True))
+        return {name: split_of[name].shard_sizes for name in names}
 
     def read(self, domain: int, sample: int) -> Sample:
         """One sample; UserError when it cannot be read or is none of this catalogue's."""

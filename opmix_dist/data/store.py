@@ -248,10 +248,10 @@ def _folders(folder: Path | str) -> list[os.DirEntry[str]]:
     return [entry for entry in _entries(folder) if entry.is_dir()]
 
 
-def size_of(path: Path) -> int:
+def size_of(path: Path | str) -> int:
     """Bytes of a file; -1 when there is none."""
     try:
-        return path.stat().st_size
+        return os.stat(path).st_size
     except OSError:
         return -1
 
