@@ -24,7 +24,7 @@ from opmix_dist.errors import UserError
 MAX_INDEX_BYTES = 1 << 30
 OPEN_READERS = 256
 # Times that a shard is fetched again when other processes' fetches have pushed it out before it was read.
-READ_ATTEMPTS = 5
+READ_ATTEMPTS = 20
 
 
 # Of what decodes shards, once: it takes seconds. Who forks readers calls it before, so that they need not.

@@ -139,7 +139,7 @@ def test_use_keeps_a_shard_from_being_the_oldest(
 
 
 def _read_many_times(cache: Path, remote: Path, limit: int, seed: int) -> None:
-    split = open_split(remote, cache, limit_bytes=limit)
+    split = ShardedSplit(cache / "web/train", ShardStore(str(remote), cache, limit_bytes=limit))
     order = [(number * (7 + 2 * seed) + seed) % 20 for number in range(200)]
     assert [split.read(number).tokens.tolist() for number in order] == [EXPECTED[number] for number in order]
 
@@ -147,6 +147,7 @@ def _read_many_times(cache: Path, remote: Path, limit: int, seed: int) -> None:
 def test_processes_share_a_cache_that_is_too_small_for_them(remote: Path, tmp_path: Path) -> None:
     """They push each other's shards out; every sample read is right none the less, and the limit is kept."""
     cache, limit = tmp_path / "cache", 2 * (remote / "web/train/shard.00000.mds").stat().st_size
+    open_split(remote, cache)  # copies the index, which none of them may find half written
     context = multiprocessing.get_context("fork")
     readers = [context.Process(target=_read_many_times, args=(cache, remote, limit, n)) for n in (1, 2, 3)]
     for reader in readers:
