@@ -213,16 +213,19 @@ def domains(folder: Path, quick: bool) -> str:
         sampler.draw()
         start = time.perf_counter() - began
         plans = _times(sampler.draw, 50 if quick else 300)
-        began = time.perf_counter()
         catalogue = write_domains(folder / f"d{count}", count, max(1, 4000 // count), per_shard=4000)
+        cache = Path(shutil.copytree(catalogue.root, folder / f"cache-d{count}"))
         hand_out, opened, memory = _in_child(_hand_out, catalogue.root, 10 if quick else 60)
+        from_store, _, _ = _in_child(_hand_out, catalogue.root, 10 if quick else 60, cache)
         shutil.rmtree(catalogue.root)
+        shutil.rmtree(cache)
         rows.append(
             [
                 f"{count:,}",
                 mean_and_deviation([1e3 * t for t in plans], 2),
                 f"{start:.2f}",
                 mean_and_deviation([1e3 * t for t in hand_out], 1),
+                mean_and_deviation([1e3 * t for t in from_store], 1),
                 f"{opened:.2f}",
                 f"{memory / 1024:.0f}",
             ]
@@ -232,6 +235,7 @@ def domains(folder: Path, quick: bool) -> str:
         "plan a batch of 512, ms",
         "sampler's start, s",
         f"hand out {BATCH} samples, ms",
+        "through a store, all cached, ms",
         "loader's start, s",
         "peak memory, MiB",
     ]
@@ -252,11 +256,11 @@ def _times(work: Callable[[], Any], count: int) -> list[float]:
     return times
 
 
-def _hand_out(root: Path, count: int) -> tuple[list[float], float, int]:
+def _hand_out(root: Path, count: int, cache: Path | None = None) -> tuple[list[float], float, int]:
     """Times of batches, of the start, and the peak memory in KiB."""
     import_streaming()
     began = time.perf_counter()
-    catalogue = Catalogue.open(root)
+    catalogue = _open(f"file://{root}", cache) if cache else Catalogue.open(root)
     batches = ours(catalogue, 0)
     next(batches)
     opened = time.perf_counter() - began
