@@ -38,8 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status or 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """A mistyped option is an error, not the one it begins like: ``--over`` would replace a domain."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="opmix", description=sys.modules["opmix_dist"].__doc__)
+    parser = _Parser(prog="opmix", description=sys.modules["opmix_dist"].__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -71,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_prepare(commands: argparse._SubParsersAction[_Parser]) -> None:
     """Options bear the names of PrepareConfig's fields, whose defaults count where none is given here."""
     prepare = commands.add_parser(
         "prepare",
@@ -135,7 +142,9 @@ def _add_prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     output.add_argument(
         "--record-seconds", type=float, help="time between records to go on from after a kill (default: 30)"
     )
-    output.add_argument("--overwrite", action="store_true", help="replace domains made with other settings")
+    output.add_argument(
+        "--overwrite", action="store_true", help="replace domains made with other settings or files"
+    )
     prepare.set_defaults(run=_prepare)
 
 

@@ -136,6 +136,15 @@ def test_prepare_refuses_a_domain_without_a_path(tmp_path: Path, capsys) -> None
     assert not (tmp_path / "d" / "web").exists()
 
 
+@pytest.mark.parametrize("option", ["--overwrit", "--over"])
+def test_a_mistyped_option_is_not_taken_for_another(tmp_path: Path, capsys, option: str) -> None:
+    with pytest.raises(SystemExit) as refusal:
+        main(["prepare", "--out", str(tmp_path / "out"), "--builtin", option])
+    assert refusal.value.code == 2
+    assert f"unrecognised arguments: {option}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_report_of_something_else_names_it(tmp_path: Path, capsys) -> None:
     assert str(tmp_path) in refused(capsys, "report", str(tmp_path))
 
