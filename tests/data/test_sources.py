@@ -239,7 +239,7 @@ def test_chats_of_lines_and_columns_are_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"text": "x"}, "has no field 'messages': name the chat's with --messages-field"),
+        ({"text": "x"}, "has no field 'messages', but text: name the chat's with --messages-field"),
         ({"messages": "x"}, "'messages' is not a list of messages"),
         ({"messages": []}, "'messages' is not a list of messages"),
         ({"messages": ["x"]}, r"'messages\[0\]' is str, not an object"),

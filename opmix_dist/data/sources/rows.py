@@ -35,7 +35,8 @@ class Fields:
         wanted = self.messages or self.text
         if not isinstance(row, dict) or wanted not in row:
             what, option = ("chat", "--messages-field") if self.messages else ("text", "--text-field")
-            raise UserError(f"{where} has no field {wanted!r}: name the {what}'s with {option}")
+            present = f", but {', '.join(map(str, list(row)[:8]))}" if isinstance(row, dict) and row else ""
+            raise UserError(f"{where} has no field {wanted!r}{present}: name the {what}'s with {option}")
         if self.messages:
             return _conversation(row, self.messages, where)
         return checked_text(row[self.text], self.text, where)
