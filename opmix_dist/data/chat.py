@@ -126,6 +126,19 @@ class _Chat:
         return text, spans[0] if generation else []
 
 
+def require_syntax(template: str, where: str) -> None:
+    """UserError when ``template`` is not Jinja; whether it can write a chat shows only with the chat."""
+    from jinja2 import TemplateError, TemplateSyntaxError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        render_jinja_template(conversations=[[]], chat_template=template)
+    except TemplateSyntaxError as error:
+        raise UserError(f"{where}:{error.lineno} is not Jinja ({error.message}): mend it") from None
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
+        pass  # it wants a first message, as many do
+
+
 def _template(tokenizer: PreTrainedTokenizerFast, tools: bool, where: str) -> str:
     """The tokenizer's template, of several the one that fits."""
     try:

@@ -31,6 +31,7 @@ from opmix_dist.data.catalogue import (
     find_domains,
     tokenizer_fingerprint,
 )
+from opmix_dist.data.chat import require_syntax
 from opmix_dist.data.decontaminate import Grams
 from opmix_dist.data.dedupe import Digests, SurveyedDigests, drop_duplicates, published_digests
 from opmix_dist.data.encode import SOURCE_CHANGED, Encoded, Encoder
@@ -98,12 +99,15 @@ def _read_grams(config: PrepareConfig, report: Report) -> Grams | None:
 
 
 def _read_template(config: PrepareConfig) -> str | None:
+    """Text of --chat-template; what is no Jinja is told before hours of reading, not after them."""
     if config.chat_template is None:
         return None
     try:
-        return config.chat_template.read_text(encoding="utf-8")
+        template = config.chat_template.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--chat-template {config.chat_template} cannot be read: {error}") from None
+    require_syntax(template, f"--chat-template {config.chat_template}")
+    return template
 
 
 def _open_jobs(

@@ -123,9 +123,11 @@ def make_plan(root: Path, settings: Mapping[str, Settings], *, overwrite: bool) 
             todo.append(name)
         elif differing := _difference(root, name, wanted, wanted):
             if not overwrite:
+                changed = "from other files, or these have changed"
+                how = changed if differing == "files" else f"with another `{differing}`"
                 raise UserError(
-                    f"domain {name} in {root} was prepared with another `{differing}`: pass --overwrite to "
-                    f"replace it, or another --out"
+                    f"domain {name} in {root} was prepared {how}: pass --overwrite to replace it, or another "
+                    f"--out"
                 )
             todo.append(name)
     chats = [wanted for wanted in settings.values() if wanted["messages_field"] is not None]

@@ -80,6 +80,8 @@ class PrepareConfig:
             raise UserError("--chat-template is for chats: give a --chat-domain NAME=PATH too")
         if unknown := set(self.chat_domains) - set(self.domains):
             raise UserError(f"chat_domains names {min(unknown)}, which is none of the domains")
+        if self.chat_domains and self.tokenizer == TRAIN_TOKENIZER and self.chat_template is None:
+            raise UserError("a tokenizer trained here has no chat template: give --chat-template FILE")
         if not 0.0 < self.eval_fraction < 1.0:
             raise UserError(f"--eval-fraction {self.eval_fraction} must lie between 0 and 1")
         if self.eval_documents is not None and self.max_eval_documents is not None:

@@ -311,7 +311,7 @@ def _require_samples(name: str, splits: Mapping[Split, SplitInfo]) -> None:
         if not info.samples:
             raise UserError(
                 f"empty domain: {name} has no conversation with a learnt token in its {split} split: add "
-                f"some, or raise --sequence-length"
+                f"some, raise --sequence-length, or mend a --chat-template that leaves out what they say"
             )
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from opmix_dist.data.catalogue import Catalogue, SourceInfo, check_domain_name, tokenizer_fingerprint
+from opmix_dist.data.chat import require_syntax
 from opmix_dist.data.ingest import prepare
 from opmix_dist.data.survey import document_digest
 from opmix_dist.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer, vocab_size
@@ -255,6 +256,31 @@ def test_a_chat_that_forges_a_turn_is_named_with_its_file(streaming: None, tmp_p
         prepare(config(tmp_path / "out", {"c": [folder]}, **settings), SILENT)
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}\n{{ m.content }", r"template:2 is not Jinja \(unexpected '}'\): mend it"),
+        (None, "a tokenizer trained here has no chat template: give --chat-template FILE"),
+        ("{{ nothing }}", "no conversation with a learnt token .* mend a --chat-template"),
+    ],
+)
+def test_a_template_that_cannot_serve_is_told(tmp_path: Path, template: str | None, message: str) -> None:
+    folder = write_lines(tmp_path / "chats", [chat("a", "yes"), chat("b", "no")], 1)
+    settings: dict[str, object] = {"chat_domains": ["c"], "eval_documents": 1}
+    if template is not None:
+        (tmp_path / "template").write_text(template)
+        settings["chat_template"] = tmp_path / "template"
+    with pytest.raises(UserError, match=message):
+        prepare(config(tmp_path / "out", {"c": [folder]}, **settings), SILENT)
+
+
+def test_a_template_may_want_a_first_message(tmp_path: Path) -> None:
+    strict = "{% if not messages %}{{ raise_exception('empty') }}{% endif %}" + CHAT_TEMPLATE
+    require_syntax(strict, "it")
+    require_syntax("{{ messages[0].role.upper() }}", "it")
+    require_syntax("{% generation %}{{ messages[0] }}{% endgeneration %}", "it")
+
+
 def test_chats_of_one_folder_share_a_template(streaming: None, tmp_path: Path) -> None:
     folders = [
         write_lines(tmp_path / name, [chat(name, "yes")] * 2 + [chat("x" + name, "no")], 1) for name in "cd"
@@ -346,7 +372,7 @@ def test_a_changed_source_is_noticed(tmp_path: Path) -> None:
     folder = write_texts(tmp_path / "t", make_texts(0, 60))
     prepare(config(tmp_path / "out", {"a": [folder]}), SILENT)
     (Path(folder) / "99999.txt").write_text("one more")
-    with pytest.raises(UserError, match="another `files`"):
+    with pytest.raises(UserError, match="prepared from other files, or these have changed: pass --overwrite"):
         prepare(config(tmp_path / "out", {"a": [folder]}), SILENT)
 
 
