@@ -272,6 +272,15 @@ class RunConfig(Section):
     pool: PoolConfig = PoolConfig()
     logging: LoggingConfig = LoggingConfig()
 
+    @model_validator(mode="after")
+    def _schedule_within_the_run(self) -> RunConfig:
+        for step in self.mixture.schedule:
+            if step >= self.train.steps:
+                raise ValueError(
+                    f"mixture.schedule.{step} is never reached: train.steps is {self.train.steps}"
+                )
+        return self
+
     @property
     def search_step(self) -> int:
         """The step boundary at which the search starts, at least 1 and before the last step."""

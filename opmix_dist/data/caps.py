@@ -24,6 +24,10 @@ OnExhausted = Literal["stop", "renormalize"]
 NEARLY = 0.9
 
 
+class UsedUpError(UserError):
+    """``max_epochs`` allows no further batch. Position and weights decide it, so all ranks raise it alike."""
+
+
 class EpochCaps:
     """Caps on the samples that may be drawn of each domain.
 
@@ -92,10 +96,10 @@ class EpochCaps:
             raise self.used_up(over & (weights > 0))
         return over
 
-    def used_up(self, which: np.ndarray, attribute: str = "") -> UserError:
+    def used_up(self, which: np.ndarray, attribute: str = "") -> UsedUpError:
         """What stops the run: the first domain in ``which``, bool [D]."""
         i = int(which.argmax())
-        return UserError(
+        return UsedUpError(
             f"domain {self.names[i]}{attribute} is used up: max_epochs allows {int(self.samples[i])} samples "
             f"of its {self.totals[i]}; lower its weight or raise its max_epochs"
         )

@@ -24,7 +24,22 @@ LEARNT, UNLEARNT, PLAIN = "+ ", "  ", "| "
 
 
 def overview_table(domains: Sequence[DomainOverview], run: RunData | None) -> Table:
-    """A row for each domain, then their sum."""
+    """A row for each domain, then their sum. Of a run, what it draws: both together fit no terminal."""
+    return _folder_table(domains) if run is None else _run_table(domains, run)
+
+
+def _run_table(domains: Sequence[DomainOverview], run: RunData) -> Table:
+    table = Table()
+    for name in ("domain", "train\nsamples", "weight", "samples\ndrawn", "epochs", "share\ndrawn"):
+        table.add_column(name, justify="left" if name == "domain" else "right")
+    for domain in domains:
+        table.add_row(domain.name, f"{domain.train.samples:,}", *_run_cells(run, domain.name))
+    table.add_section()
+    table.add_row(f"{len(domains)} in all", f"{_sum(domains, 'train')['samples']:,}", *_run_total(run))
+    return table
+
+
+def _folder_table(domains: Sequence[DomainOverview]) -> Table:
     table = Table()
     table.add_column("domain")
     table.add_column("packing")
@@ -36,8 +51,6 @@ def overview_table(domains: Sequence[DomainOverview], run: RunData | None) -> Ta
     if somewhere_else:
         table.add_column("bytes\nhere", justify="right")
     table.add_column("stored as")
-    for name in _RUN_COLUMNS if run else ():
-        table.add_column(name, justify="right")
     for domain in domains:
         table.add_row(
             domain.name,
@@ -46,7 +59,6 @@ def overview_table(domains: Sequence[DomainOverview], run: RunData | None) -> Ta
             decimal(domain.stored_bytes),
             *([decimal(domain.here_bytes)] if somewhere_else else []),
             f"{domain.dtype}, {domain.compression}",
-            *(_run_cells(run, domain.name) if run else []),
         )
     table.add_section()
     table.add_row(
@@ -56,7 +68,6 @@ def overview_table(domains: Sequence[DomainOverview], run: RunData | None) -> Ta
         decimal(sum(domain.stored_bytes for domain in domains)),
         *([decimal(sum(domain.here_bytes for domain in domains))] if somewhere_else else []),
         "",
-        *(_run_total(run) if run else []),
     )
     return table
 
@@ -105,9 +116,6 @@ def overview_rows(
         "sequence_length": catalogue.sequence_length,
         **({"checkpoint_step": run.step} if run is not None else {}),
     }
-
-
-_RUN_COLUMNS = ("weight", "samples\ndrawn", "epochs", "share\ndrawn")
 
 
 def _counts(domain: DomainOverview) -> list[str]:

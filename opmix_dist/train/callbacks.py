@@ -37,6 +37,9 @@ class Callback:
     def on_end(self, trainer: Trainer) -> None:
         """After the last step and the last evaluation; every rank. May communicate."""
 
+    def on_stop(self, trainer: Trainer) -> None:
+        """The data allow no further step, and the run is about to fail; every rank. May communicate."""
+
     def close(self) -> None:
         """The loop was left, by its end or by an error."""
 
@@ -173,15 +176,24 @@ class WandbLogger(Callback):
 
 
 class CheckpointCallback(Callback):
-    """Saves every ``interval_steps`` and at the end; every rank."""
+    """Saves every ``interval_steps``, at the end, and where data run out; every rank."""
 
     def __init__(self, checkpointer: Checkpointer, interval_steps: int) -> None:
         self.checkpointer, self.interval_steps = checkpointer, interval_steps
+        self._saved: int | None = None
 
     def on_step(self, trainer: Trainer, line: TrainLine) -> None:
         last = line.step == trainer.config.train.steps
         if last or (self.interval_steps and line.step % self.interval_steps == 0):
-            trainer.save_checkpoint(self.checkpointer)
+            self._save(trainer)
+
+    def on_stop(self, trainer: Trainer) -> None:
+        if trainer.state.step not in (self._saved, trainer.first_step):  # else it is there
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.checkpointer)
+        self._saved = trainer.state.step
 
     def close(self) -> None:
         """Also after an error: a save under way is whole, and the resumed run may want it."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from opmix_dist.config import RunConfig
+from opmix_dist.data.caps import UsedUpError
 from opmix_dist.data.catalogue import Catalogue
 from opmix_dist.data.loader import EvalSet, LoadedBatch, MixtureLoader
 from opmix_dist.distributed import World
@@ -55,10 +56,16 @@ class Trainer:
     def fit(self) -> EvalLine:
         """Train to ``train.steps``. Collective over the trainer ranks; returns the last evaluation."""
         with self._closing():
+            self.first_step = self.state.step
             self._announce("on_start")
             while self.state.step < self.config.train.steps:
                 self._update_mixture()
-                line = self._train_step()
+                try:
+                    line = self._train_step()
+                except UsedUpError:
+                    for callback in self.callbacks:
+                        callback.on_stop(self)
+                    raise
                 interval = self.config.train.eval_interval_steps
                 if interval and self.state.step % interval == 0:
                     self.evaluate()

@@ -233,7 +233,10 @@ def test_ls_of_a_run(job: tuple[RunDir, MixtureLoader], capsys: pytest.CaptureFi
     assert [web["drawn_epochs"], chat["drawn_epochs"]] == [5.0, 5.0]
     assert [web["drawn_share"], chat["drawn_share"]] == [0.75, 0.25]
     assert total["checkpoint_step"] == 5
-    assert "drawn as of the checkpoint of step 5" in run(capsys, "ls", run_dir.path)
+    text = run(capsys, "ls", run_dir.path)
+    assert "drawn as of the checkpoint of step 5" in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
 
 
 def test_ls_of_a_run_whose_data_changed(job, root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -232,6 +232,14 @@ def test_small_files(root: Path) -> None:
     assert any("chat/domain.json is not valid JSON" in line for line in found)
 
 
+def test_shards_that_nothing_describes_are_no_silent_loss(root: Path) -> None:
+    name = next(iter(Catalogue.open(root).names))
+    (root / name / "domain.json").unlink()
+    found = [fault for domain in verify(str(root), workers=1).domains for fault in domain.faults]
+    assert len(found) == 1
+    assert f"{root / name} has shards and no domain.json: restore it, or remove the folder" in str(found[0])
+
+
 def test_an_index_of_another_version(root: Path) -> None:
     index = root / "web" / "eval" / "index.json"
     index.write_text(index.read_text() + "\n")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from opmix_dist.config import RunConfig, check_config
+from opmix_dist.data.catalogue import Catalogue
 from opmix_dist.errors import UserError
 from opmix_dist.exchange.schemas import MixtureRecord
 from opmix_dist.train.policy import check_schedule
@@ -68,9 +69,29 @@ def test_what_was_done_cannot_be_rewritten(schedule: dict, step: int, named: str
 
 def test_a_schedule_is_the_static_policys() -> None:
     config = static_config({4: "uniform"})
+    with pytest.raises(UserError, match="mixture.schedule.40 is never reached: train.steps is 40"):
+        checked({40: "uniform"})
     config["mixture"]["policy"] = "opmix"
     with pytest.raises(UserError, match="mixture.schedule needs mixture.policy static, not opmix"):
         check_config(config)
+
+
+@pytest.mark.launch
+def test_a_run_that_its_data_stop_keeps_what_it_trained(tiny_data: Path, tmp_path: Path) -> None:
+    """It ends between two checkpoints; with another cap it goes on where it stopped."""
+    config = static_config({}, tiny_data, tmp_path / "run")
+    config["checkpoint"] = {"interval_steps": 1000}
+    samples = Catalogue.open(tiny_data).domains["json"].splits["train"].samples
+    config["data"]["max_epochs"] = {"json": (7 * BATCH // 2 + 0.5) / samples}
+    job = Job(config, ranks=2)
+    assert job.finish() != 0
+    assert "domain json is used up: max_epochs allows 28 samples" in job.log()
+    assert job.run.complete_checkpoints() == [7]
+
+    config["data"]["max_epochs"] = None
+    run = complete(config, ranks=2)
+    assert [line.step for line in run.train_lines()] == list(range(1, STEPS + 1))
+    assert run.complete_checkpoints()[-1] == STEPS
 
 
 @pytest.mark.launch

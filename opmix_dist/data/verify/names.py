@@ -10,13 +10,14 @@ from pathlib import Path
 
 from opmix_dist.data.catalogue import DOMAIN_FILE, check_domain_name, find_domains
 from opmix_dist.data.remote import mirror
+from opmix_dist.data.samples import INDEX_FILE
 from opmix_dist.data.store import ShardStore, one_line
 from opmix_dist.errors import UserError
 
 
 @dataclass(frozen=True)
 class Found:
-    """Names, each with why its small files cannot be fetched, or None."""
+    """Names, each with why its small files cannot be had, or None."""
 
     names: dict[str, str | None]
     left_out: int
@@ -37,7 +38,19 @@ def find(root: str, store: ShardStore | None, domains: Sequence[str] | None) -> 
             raise UserError(f"{root} has no domain {name!r}: the nearest is `{near}`")
     names = list(dict.fromkeys(domains)) if domains else there
     faults = dict.fromkeys(names) if store is None else _mirror(store, names)
+    if store is None and not domains:
+        faults |= {name: _undescribed(Path(root) / name) for name in _folders_of_shards(Path(root), there)}
     return Found(faults, len(there) - len(names))
+
+
+def _folders_of_shards(root: Path, described: Sequence[str]) -> list[str]:
+    """Folders that hold shards and are no domain, for want of a ``domain.json``."""
+    folders = {file.parent.parent.name for file in root.glob(f"*/*/{INDEX_FILE}")}
+    return sorted(folder for folder in folders - {*described} if not folder.startswith("."))
+
+
+def _undescribed(folder: Path) -> str:
+    return f"{folder} has shards and no {DOMAIN_FILE}: restore it, or remove the folder"
 
 
 def _mirror(store: ShardStore, names: Sequence[str]) -> dict[str, str | None]:
