@@ -136,7 +136,7 @@ def _add_prepare(commands: argparse._SubParsersAction[_Parser]) -> None:
     output = prepare.add_argument_group("output and work")
     output.add_argument("--compression", choices=("zstd", "none"), help="of the shards (default: none)")
     output.add_argument(
-        "--shard-bytes", type=int, help="size of a shard before compression (default: 64 MiB)"
+        "--shard-bytes", type=_bytes, help="size of a shard before compression (default: 64MiB)"
     )
     output.add_argument("--workers", type=int, help="tokenising processes (default: one per core)")
     output.add_argument(
@@ -150,6 +150,16 @@ def _add_prepare(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 class _Chat(str):
     """A domain's argument that came with ``--chat-domain``."""
+
+
+def _bytes(text: str) -> int:
+    """``1000``, ``64MiB`` or ``1GB`` in bytes."""
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        raise argparse.ArgumentTypeError(f"{text} is no size: write 1000000, 64MiB or 1GB") from None
 
 
 def _prepare(arguments: argparse.Namespace, rest: list[str]) -> None:

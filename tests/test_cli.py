@@ -136,6 +136,12 @@ def test_prepare_refuses_a_domain_without_a_path(tmp_path: Path, capsys) -> None
     assert not (tmp_path / "d" / "web").exists()
 
 
+def test_a_size_that_is_none(tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["prepare", "--out", str(tmp_path / "x"), "--builtin", "--shard-bytes", "1XB"])
+    assert "argument --shard-bytes: 1XB is no size: write 1000000, 64MiB or 1GB" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--overwrit", "--over"])
 def test_a_mistyped_option_is_not_taken_for_another(tmp_path: Path, capsys, option: str) -> None:
     with pytest.raises(SystemExit) as refusal:

@@ -51,6 +51,10 @@ def mirror(store: ShardStore, domains: Sequence[str] | None) -> list[str]:
     """
     names: list[str] = []
     try:
+        (store.cache / LOCKS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data.cache {store.cache} cannot be made ({error.strerror}): name another") from None
+    try:
         within(store.timeout_s, lambda: names.extend(_mirror(store, domains)))
     except TimeoutError as error:
         raise UserError(
@@ -63,8 +67,6 @@ def mirror(store: ShardStore, domains: Sequence[str] | None) -> list[str]:
 def _mirror(store: ShardStore, domains: Sequence[str] | None) -> list[str]:
     with _reading(store.remote) as remote:
         names = sorted(remote.domains()) if domains is None else list(domains)
-        store.cache.mkdir(parents=True, exist_ok=True)
-        (store.cache / LOCKS).mkdir(exist_ok=True)
         with FileLock(store.cache / LOCKS / "catalogue.lock"):
             _mirror_tokenizer(remote, store.cache)
             _mirror_domains(remote, store.cache, names)

@@ -32,8 +32,11 @@ def _run_table(domains: Sequence[DomainOverview], run: RunData) -> Table:
     table = Table()
     for name in ("domain", "train\nsamples", "weight", "samples\ndrawn", "epochs", "share\ndrawn"):
         table.add_column(name, justify="left" if name == "domain" else "right")
+    if run.allowed:
+        table.add_column("may be\ndrawn", justify="right")
     for domain in domains:
-        table.add_row(domain.name, f"{domain.train.samples:,}", *_run_cells(run, domain.name))
+        allowed = f"{run.allowed[domain.name]:,}" if domain.name in run.allowed else ""
+        table.add_row(domain.name, f"{domain.train.samples:,}", *_run_cells(run, domain.name), allowed)
     table.add_section()
     table.add_row(f"{len(domains)} in all", f"{_sum(domains, 'train')['samples']:,}", *_run_total(run))
     return table
@@ -102,6 +105,7 @@ def overview_rows(
                 "drawn_samples": drawn.samples if drawn else None,
                 "drawn_epochs": drawn.epochs if drawn else None,
                 "drawn_share": drawn.share if drawn else None,
+                "allowed_samples": run.allowed.get(domain.name),
             }
         yield row
     yield {

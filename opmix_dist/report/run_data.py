@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from opmix_dist.config import DataConfig
 from opmix_dist.data.build import open_data
+from opmix_dist.data.caps import EpochCaps
 from opmix_dist.data.catalogue import Catalogue
 from opmix_dist.data.sampler import MixtureSampler
 from opmix_dist.data.shards import ShardedSplit
@@ -37,6 +39,8 @@ class RunData:
     step: int | None
     """Of the newest checkpoint; None: there is none, and nothing is known to be drawn."""
     drawn: dict[str, Drawn]
+    allowed: dict[str, int]
+    """Samples that ``data.max_epochs`` lets the run draw, of the domains that have a cap."""
 
 
 def is_run(path: Path) -> bool:
@@ -72,11 +76,19 @@ def read_run_data(run: RunDir, catalogue: Catalogue) -> RunData:
     """
     records = run.mixtures()
     weights = records[-1].weights if records else {}
+    allowed = _allowed(run.config().data, catalogue)
     step = max(run.complete_checkpoints(), default=None)
     if step is None:
-        return RunData(weights, None, {})
+        return RunData(weights, None, {}, allowed)
     state = read_record(run.checkpoint(step) / STATE_FILE, TrainerState)
-    return RunData(weights or state.weights, step, _drawn(run, catalogue, state))
+    return RunData(weights or state.weights, step, _drawn(run, catalogue, state), allowed)
+
+
+def _allowed(config: DataConfig, catalogue: Catalogue) -> dict[str, int]:
+    capped = config.epochs_by_domain(catalogue.names)
+    caps = EpochCaps(catalogue.names, catalogue.samples("train"), capped, on_exhausted=config.on_exhausted)
+    by_name = zip(catalogue.names, caps.samples.tolist(), strict=True)
+    return {name: int(samples) for name, samples in by_name if math.isfinite(samples)}
 
 
 def _drawn(run: RunDir, catalogue: Catalogue, state: TrainerState) -> dict[str, Drawn]:

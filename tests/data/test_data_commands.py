@@ -198,7 +198,7 @@ def test_printable() -> None:
 def job(root: Path, tmp_path: Path) -> tuple[RunDir, MixtureLoader]:
     """A run that has drawn 5 batches of 4 with 3:1, saved, and decided on another mixture."""
     plain = tiny_config(root, tmp_path / "run", pool={"ranks": 0}, seed=3)
-    plain["data"]["domains"] = ["web", "chat"]
+    plain["data"] |= {"domains": ["web", "chat"], "max_epochs": {"chat": 6}}
     config = RunConfig.model_validate(plain)
     run_dir, catalogue = RunDir(config.run_dir), open_data(config.data)
     weights = {"web": 0.75, "chat": 0.25}
@@ -237,6 +237,8 @@ def test_ls_of_a_run(job: tuple[RunDir, MixtureLoader], capsys: pytest.CaptureFi
     assert "drawn as of the checkpoint of step 5" in text
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
+    assert "may be" in text
+    assert [web["allowed_samples"], chat["allowed_samples"]] == [None, 6]
 
 
 def test_ls_of_a_run_whose_data_changed(job, root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -219,6 +219,12 @@ def test_a_domain_joins_from_the_store(
     remote.close()
 
 
+def test_a_cache_that_cannot_be_made_is_not_blamed_on_the_root(url: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"data.cache \S*file/cache cannot be made \(Not a directory\)"):
+        open_catalogue(url, None, ShardStore(url, tmp_path / "file" / "cache"))
+
+
 def test_all_domains_are_found(url: str, tmp_path: Path) -> None:
     catalogue = open_catalogue(url, None, ShardStore(url, tmp_path / "cache"))
     assert catalogue.names == ("code", "web")
