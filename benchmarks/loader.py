@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ class _Mapped(Dataset[np.ndarray]):
 
 def mapped(path: Path, workers: int) -> Iterator[int]:
     dataset = _Mapped(path)
-    sampler = RandomSampler(dataset, replacement=True, num_samples=1 << 40)  # type: ignore[arg-type]
+    sampler = RandomSampler(dataset, replacement=True, num_samples=1 << 40)  # without end
     for batch in DataLoader(
         dataset, batch_size=BATCH, sampler=sampler, num_workers=workers, collate_fn=lambda rows: rows
     ):
@@ -182,7 +183,7 @@ def local(folder: Path, quick: bool) -> str:
         starts: dict[str, list[float]] = {name: [] for name in loaders}
         for _ in range(repeats):
             for name, make in loaders.items():
-                one, start = rate(lambda make=make, workers=workers: make(workers), seconds)  # type: ignore[misc]
+                one, start = rate(partial(make, workers), seconds)
                 rates[name].append(one)
                 starts[name].append(start)
         base = np.mean(rates["StreamingDataset, stratified"])

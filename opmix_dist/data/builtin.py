@@ -28,7 +28,7 @@ from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
-from opmix_dist.data.source import Chunk, Document, Place, SourceFile
+from opmix_dist.data.source import START, Chunk, Document, Place, SourceFile
 from opmix_dist.errors import UserError
 
 DEFAULT_MAX_BYTES = 3_000_000
@@ -68,7 +68,7 @@ class BuiltinSource:
         """All files that the domain may take; how many are read, ``max_bytes`` decides."""
         return [SourceFile(str(file), file.stat().st_size) for file in self._files]
 
-    def chunks(self, start: Place = Place(0, 0)) -> Iterator[tuple[Place, Chunk]]:  # noqa: B008  (immutable)
+    def chunks(self, start: Place = START) -> Iterator[tuple[Place, Chunk]]:
         """Whole files, about ``CHUNK_CHARS`` characters in each chunk, which is the first of its file."""
         texts: list[tuple[int, str]] = []
         size = 0

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 
-from opmix_dist.data import encode, mds, survey, writing  # noqa: F401
+from opmix_dist.data import encode, mds, survey, writing
+
+__all__ = ["encode", "mds", "survey", "writing"]
 
 if importlib.util.find_spec("streaming") is not None:  # else writing the first shard says what is missing
     mds.import_streaming()

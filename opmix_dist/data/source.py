@@ -32,6 +32,9 @@ class Place(NamedTuple):
     chunk: int
 
 
+START = Place(0, 0)
+
+
 class SourceFile(NamedTuple):
     """A file as the user would name it, and its size."""
 
@@ -60,7 +63,7 @@ class Source(Protocol):
     def files(self) -> Sequence[SourceFile]:
         """All files, in order. Raises UserError for a path or glob that matches none."""
 
-    def chunks(self, start: Place = Place(0, 0)) -> Iterator[tuple[Place, Chunk]]:  # noqa: B008  (immutable)
+    def chunks(self, start: Place = START) -> Iterator[tuple[Place, Chunk]]:
         """The chunks from ``start`` on, which is the place of a chunk; files before it are not opened.
 
         Raises:

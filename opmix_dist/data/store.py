@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from io import BufferedWriter
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import xxhash
 from filelock import FileLock, Timeout
@@ -352,7 +352,8 @@ def _unzipped(stored: _Checked) -> Iterator[bytes]:
     import zstandard
 
     try:
-        with zstandard.ZstdDecompressor().stream_reader(stored, read_across_frames=True) as reader:  # type: ignore[arg-type]
+        source = cast("IO[bytes]", stored)  # of a file, only `read` is asked for
+        with zstandard.ZstdDecompressor().stream_reader(source, read_across_frames=True) as reader:
             while block := reader.read(BLOCK_BYTES):
                 yield block
     except zstandard.ZstdError as error:

@@ -210,7 +210,7 @@ def test_templates_that_are_missing_or_refuse_are_one_line(
 
 
 def test_of_several_templates_the_one_for_tools_is_taken(with_template: Change) -> None:
-    tokenizer = with_template({"default": CHATML, "tool_use": TOOLS})  # type: ignore[arg-type]
+    tokenizer = with_template({"default": CHATML, "tool_use": TOOLS})
     tools = [{"type": "function", "function": {"name": "add"}}]
     assert learnt(tokenizer, chat("What?", "four"))[0].startswith("<|turn|>user")
     assert learnt(tokenizer, Conversation(chat("What?", "four").messages, tools))[0].startswith(

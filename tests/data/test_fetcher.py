@@ -32,7 +32,7 @@ def opened(remote: Path, url: str, cache: Path, **options: object) -> ShardedSpl
     local = cache / "web" / "train"
     local.mkdir(parents=True)
     shutil.copy(remote / "web" / "train" / "index.json", local)
-    return ShardedSplit(local, ShardStore(url, cache, **options))  # type: ignore[arg-type]
+    return ShardedSplit(local, ShardStore(url, cache, **options))
 
 
 @pytest.fixture

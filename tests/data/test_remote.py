@@ -50,7 +50,7 @@ def url(server: S3Server, written: Catalogue, request: pytest.FixtureRequest) ->
 
 def loader(catalogue: Catalogue, **changed: object) -> MixtureLoader:
     arguments = {"global_batch_size": 4, "rank": 0, "world_size": 1, "seed": 5, "shuffle_block": 10}
-    return MixtureLoader(catalogue, WEIGHTS, **(arguments | changed))  # type: ignore[arg-type]
+    return MixtureLoader(catalogue, WEIGHTS, **(arguments | changed))
 
 
 def take(loader: MixtureLoader, batches: int) -> list[list[list[int]]]:

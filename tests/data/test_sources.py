@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import ipc, parquet
 
-from opmix_dist.data.source import Conversation, Place
+from opmix_dist.data.source import START, Conversation, Place
 from opmix_dist.data.sources import FileSource, columns, files, files_fingerprint, mds, text, tokens
 from opmix_dist.data.sources.text import cut_lines
 from opmix_dist.data.sources.tokens import cut_at_eos
@@ -34,7 +34,7 @@ CHAT = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4
 KINDS = ("txt", "jsonl", "jsonl.gz", "jsonl.zst", "json.gz", "parquet", "stream.arrow", "file.arrow")
 
 
-def documents(source: FileSource, start: Place = Place(0, 0)) -> list[Any]:  # noqa: B008
+def documents(source: FileSource, start: Place = START) -> list[Any]:
     """As a worker gets them: chunks go through a pickle."""
     chunks = (pickle.loads(pickle.dumps(chunk)) for _, chunk in source.chunks(start))
     return [document for chunk in chunks for _, document in chunk.documents()]

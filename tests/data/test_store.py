@@ -45,7 +45,7 @@ def open_split(
     local = cache / "web" / "train"
     local.mkdir(parents=True, exist_ok=True)
     shutil.copy((index_from or Path(remote)) / "web" / "train" / "index.json", local)
-    return ShardedSplit(local, ShardStore(str(remote), cache, **options))  # type: ignore[arg-type]
+    return ShardedSplit(local, ShardStore(str(remote), cache, **options))
 
 
 def read_all(split: ShardedSplit) -> list[list[int]]:
@@ -61,7 +61,7 @@ def shards(cache: Path) -> set[str]:
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 def test_a_shard_comes_when_it_is_read(tmp_path: Path, compression: str) -> None:
-    write_split(tmp_path / "remote" / "web" / "train", 3, 20, compression=compression)  # type: ignore[arg-type]
+    write_split(tmp_path / "remote" / "web" / "train", 3, 20, compression=compression)
     split = open_split(tmp_path / "remote", tmp_path / "cache")
     assert shards(tmp_path / "cache") == set()
     assert split.read(19).tokens.tolist() == EXPECTED[19]
@@ -87,7 +87,7 @@ def test_what_is_not_there_is_named(remote: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 def test_flipped_bytes_at_the_remote_are_one_error(tmp_path: Path, compression: str) -> None:
-    write_split(tmp_path / "remote/web/train", 3, 20, compression=compression)  # type: ignore[arg-type]
+    write_split(tmp_path / "remote/web/train", 3, 20, compression=compression)
     flip_a_byte(next((tmp_path / "remote/web/train").glob("shard.00001.*")))
     split = open_split(tmp_path / "remote", tmp_path / "cache", attempts=2)
     with pytest.raises(UserError, match=r"shard.00001.mds: .*(flipped bytes|decompressed).*tried 2 times"):

@@ -64,7 +64,7 @@ def root(written: Path, tmp_path: Path) -> Path:
 
 
 def check(root: Path, **options: object) -> VerifyReport:
-    return verify(str(root), workers=1, **options)  # type: ignore[arg-type]
+    return verify(str(root), workers=1, **options)
 
 
 def faults(report: VerifyReport) -> list[str]:
@@ -142,7 +142,7 @@ def rewrite(root: Path, split: str, change: Callable[[int, Sample], Sample]) -> 
     opened = ShardedSplit(folder)
     samples = [change(number, opened.read(number)) for number in range(len(opened))]
     shutil.rmtree(folder)
-    write_samples(folder, samples, compression=compression)  # type: ignore[arg-type]
+    write_samples(folder, samples, compression=compression)
     change_domain(root, split.split("/")[0])
 
 
@@ -150,7 +150,7 @@ def only(number: int, **fields: object) -> Callable[[int, Sample], Sample]:
     """Change one sample."""
 
     def change(at: int, sample: Sample) -> Sample:
-        return Sample(**{**vars(sample), **fields}) if at == number else sample  # type: ignore[arg-type]
+        return Sample(**{**vars(sample), **fields}) if at == number else sample
 
     return change
 

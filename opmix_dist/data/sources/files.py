@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from opmix_dist.data.catalogue import check_domain_name
-from opmix_dist.data.source import Chunk, Place, SourceFile
+from opmix_dist.data.source import START, Chunk, Place, SourceFile
 from opmix_dist.data.sources.listing import CHUNK_BYTES, File, list_files
 from opmix_dist.data.sources.readers import WHOLE, Entry, choose_readers
 from opmix_dist.data.sources.rows import Fields
@@ -42,7 +42,7 @@ class FileSource:
     def files(self) -> Sequence[SourceFile]:
         return [SourceFile(file.name, file.size) for file, _ in self._entries]
 
-    def chunks(self, start: Place = Place(0, 0)) -> Iterator[tuple[Place, Chunk]]:  # noqa: B008  (immutable)
+    def chunks(self, start: Place = START) -> Iterator[tuple[Place, Chunk]]:
         """As the protocol says. Here ``start`` may also be the place one chunk behind a file's last."""
         number, first = start
         while number < len(self._entries):
