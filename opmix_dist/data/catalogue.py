@@ -156,9 +156,13 @@ class Catalogue:
         return AutoTokenizer.from_pretrained(self.root / TOKENIZER, local_files_only=True)
 
 
+def is_domain_name(name: str) -> bool:
+    return name != TOKENIZER and _NAME.fullmatch(name) is not None
+
+
 def check_domain_name(name: str) -> str:
     """Return ``name``; UserError when it cannot be a domain's name, which is also its folder's."""
-    if not _NAME.fullmatch(name) or name == TOKENIZER:
+    if not is_domain_name(name):
         raise UserError(
             f"{name!r} cannot name a domain: use up to 64 of A-Z a-z 0-9 _ . -, beginning with a letter or "
             f"digit, and not `{TOKENIZER}`"
@@ -171,7 +175,7 @@ def find_domains(root: Path) -> list[str]:
     if not root.is_dir():
         raise UserError(f"{root} is no folder: make it with `opmix prepare --out {root}`")
     files = root.glob(f"*/{DOMAIN_FILE}")
-    return sorted(file.parent.name for file in files if _NAME.fullmatch(file.parent.name))
+    return sorted(file.parent.name for file in files if is_domain_name(file.parent.name))
 
 
 def read_domain(root: Path, name: str) -> DomainInfo:

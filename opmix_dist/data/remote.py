@@ -11,9 +11,17 @@ from typing import Any
 
 from filelock import FileLock
 
-from opmix_dist.data.catalogue import DOMAIN_FILE, SPLITS, TOKENIZER, Catalogue, check_domain_name
+from opmix_dist.atomic import write_bytes
+from opmix_dist.data.catalogue import (
+    DOMAIN_FILE,
+    SPLITS,
+    TOKENIZER,
+    Catalogue,
+    check_domain_name,
+    is_domain_name,
+)
 from opmix_dist.data.samples import INDEX_FILE
-from opmix_dist.data.store import LOCKS, ShardStore, one_line, within, write_whole
+from opmix_dist.data.store import LOCKS, ShardStore, one_line, within
 from opmix_dist.errors import UserError
 
 
@@ -79,7 +87,7 @@ def _mirror_tokenizer(remote: _Remote, cache: Path) -> None:
         return
     files = remote.read(remote.files(TOKENIZER))
     for name, content in sorted(files.items(), key=lambda item: item[0].endswith("/tokenizer.json")):
-        write_whole(cache / name, content)
+        write_bytes(cache / name, content)
 
 
 def _mirror_domains(remote: _Remote, cache: Path, names: Sequence[str]) -> None:
@@ -87,9 +95,9 @@ def _mirror_domains(remote: _Remote, cache: Path, names: Sequence[str]) -> None:
     new = [name for name in names if not _is_mirrored(cache, name, described[f"{name}/{DOMAIN_FILE}"])]
     indexes = remote.read([f"{name}/{split}/{INDEX_FILE}" for name in new for split in SPLITS])
     for path, content in indexes.items():
-        write_whole(cache / path, content)
+        write_bytes(cache / path, content)
     for name in new:
-        write_whole(cache / name / DOMAIN_FILE, described[f"{name}/{DOMAIN_FILE}"])
+        write_bytes(cache / name / DOMAIN_FILE, described[f"{name}/{DOMAIN_FILE}"])
 
 
 def _is_mirrored(cache: Path, name: str, described: bytes) -> bool:
@@ -109,7 +117,7 @@ class _Remote:
 
     def domains(self) -> list[str]:
         """Names of the folders that hold a ``domain.json``."""
-        names = [name for name, kind in self._list("") if kind == "directory" and _is_domain_name(name)]
+        names = [name for name, kind in self._list("") if kind == "directory" and is_domain_name(name)]
         found = self._cat([f"{name}/{DOMAIN_FILE}" for name in names])
         return [name for name in names if isinstance(found[f"{name}/{DOMAIN_FILE}"], bytes)]
 
@@ -155,11 +163,3 @@ def _reading(url: str) -> Iterator[_Remote]:
         raise
     except Exception as error:  # of the store's client
         raise UserError(f"data.root {url} cannot be read: {one_line(error)}") from error
-
-
-def _is_domain_name(name: str) -> bool:
-    try:
-        check_domain_name(name)
-    except UserError:
-        return False
-    return True

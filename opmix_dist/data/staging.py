@@ -21,6 +21,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from opmix_dist.atomic import TEMPORARY, write_json
 from opmix_dist.data.catalogue import DOMAIN_FILE
 from opmix_dist.errors import UserError
 
@@ -52,6 +53,8 @@ class Staging:
         """Move the folder, whose ``domain.json`` is written, to its place; what was there goes."""
         with writing(self.target):
             shutil.rmtree(self.work, ignore_errors=True)
+            for left_by_a_kill in self.folder.glob(TEMPORARY):
+                left_by_a_kill.unlink()
             _take_place(self.folder, self.target)
 
 
@@ -107,21 +110,6 @@ def exclusive(root: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace ``path`` atomically."""
-    temporary = path.with_name(f".{path.name}.new")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace ``path`` atomically."""
-    write_bytes(path, json.dumps(value, indent=1, allow_nan=False).encode())
 
 
 def sync(folder: Path) -> None:

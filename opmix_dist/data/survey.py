@@ -17,9 +17,9 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from opmix_dist.atomic import write_json
 from opmix_dist.data.decontaminate import Grams
 from opmix_dist.data.source import Chunk, Conversation, Document, Place
-from opmix_dist.data.staging import write_json
 from opmix_dist.data.tokenizer import TokenizerFiles, check_ids
 from opmix_dist.errors import UserError
 

@@ -21,6 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 
+from opmix_dist.atomic import write_bytes
 from opmix_dist.data.catalogue import (
     DIGESTS_FILE,
     DOMAIN_FILE,
@@ -37,7 +38,7 @@ from opmix_dist.data.encode import Encoded
 from opmix_dist.data.packing import Arrays, BestFitPacker, ConcatPacker, Documents, Packer, Rows, ShardCutter
 from opmix_dist.data.samples import INDEX_FILE, Compression, DType, write_index, write_shard
 from opmix_dist.data.source import SourceFile
-from opmix_dist.data.staging import Settings, Staging, write_bytes, writing
+from opmix_dist.data.staging import Settings, Staging, writing
 from opmix_dist.data.survey import Mark, Survey
 from opmix_dist.data.tokenizer import TokenizerFiles
 from opmix_dist.data.workers import Pool

@@ -13,30 +13,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from opmix_dist.atomic import write_bytes, write_json
 from opmix_dist.errors import UserError
 
 MAX_JSON_BYTES = 64 << 20
 MAX_JSONL_BYTES = 4 << 30
 COMPLETE = "COMPLETE.json"
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace ``path`` atomically: temporary name in the same folder, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace ``path`` atomically; NaN and inf are refused because JSON has neither."""
-    write_bytes(path, json.dumps(value, indent=1, allow_nan=False).encode())
 
 
 def read_json(path: Path) -> Any:

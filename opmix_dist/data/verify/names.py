@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from opmix_dist.data.catalogue import DOMAIN_FILE, check_domain_name, find_domains
+from opmix_dist.data.catalogue import DOMAIN_FILE, find_domains, is_domain_name
 from opmix_dist.data.remote import mirror
 from opmix_dist.data.samples import INDEX_FILE
 from opmix_dist.data.store import ShardStore, one_line
@@ -81,7 +81,7 @@ def _remote_names(store: ShardStore) -> list[str]:
             for entry in fs.ls(path, detail=True)
             if _is_folder(entry)
         ]
-        names = sorted(filter(_is_domain_name, folders))
+        names = sorted(filter(is_domain_name, folders))
         files = {name: f"{path.rstrip('/')}/{name}/{DOMAIN_FILE}" for name in names}
         found = fs.cat([*files.values()], on_error="return") if files else {}
     except Exception as error:  # each store's client raises its own
@@ -91,11 +91,3 @@ def _remote_names(store: ShardStore) -> list[str]:
 
 def _is_folder(entry: dict[str, str]) -> bool:
     return entry["type"] == "directory"
-
-
-def _is_domain_name(name: str) -> bool:
-    try:
-        check_domain_name(name)
-    except UserError:
-        return False
-    return True
