@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import posixpath
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,13 +57,31 @@ def mirror(store: ShardStore, domains: Sequence[str] | None) -> list[str]:
     Raises:
         UserError: as :func:`open_catalogue`, or all of it took longer than the store's ``timeout_s``.
     """
-    names: list[str] = []
     try:
         (store.cache / LOCKS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"data.cache {store.cache} cannot be made ({error.strerror}): name another") from None
+    return _in_time(store, lambda: _mirror(store, domains))
+
+
+def stored_domains(store: ShardStore) -> list[str]:
+    """Sorted names of the domains at a store's remote root, also of one whose description cannot be read.
+
+    Raises:
+        UserError: the remote cannot be listed, or not within the store's ``timeout_s``.
+    """
+
+    def listed() -> list[str]:
+        with _reading(store.remote) as remote:
+            return remote.domains()
+
+    return _in_time(store, listed)
+
+
+def _in_time(store: ShardStore, work: Callable[[], list[str]]) -> list[str]:
+    names: list[str] = []
     try:
-        within(store.timeout_s, lambda: names.extend(_mirror(store, domains)))
+        within(store.timeout_s, lambda: names.extend(work()))
     except TimeoutError as error:
         raise UserError(
             f"data.root {store.remote} cannot be read: {error}; see to the store, or to another process that "
@@ -74,7 +92,7 @@ def mirror(store: ShardStore, domains: Sequence[str] | None) -> list[str]:
 
 def _mirror(store: ShardStore, domains: Sequence[str] | None) -> list[str]:
     with _reading(store.remote) as remote:
-        names = sorted(remote.domains()) if domains is None else list(domains)
+        names = remote.domains() if domains is None else list(domains)
         with FileLock(store.cache / LOCKS / "catalogue.lock"):
             _mirror_tokenizer(remote, store.cache)
             _mirror_domains(remote, store.cache, names)
@@ -116,10 +134,11 @@ class _Remote:
         self._url, self._fs, self._root = url, fs, root.rstrip("/")
 
     def domains(self) -> list[str]:
-        """Names of the folders that hold a ``domain.json``."""
-        names = [name for name, kind in self._list("") if kind == "directory" and is_domain_name(name)]
-        found = self._cat([f"{name}/{DOMAIN_FILE}" for name in names])
-        return [name for name in names if isinstance(found[f"{name}/{DOMAIN_FILE}"], bytes)]
+        """Sorted names of the folders that hold a ``domain.json``, also one that cannot be read now."""
+        folders = (name for name, kind in self._list("") if kind == "directory")
+        files = {f"{name}/{DOMAIN_FILE}": name for name in sorted(filter(is_domain_name, folders))}
+        found = self._cat([*files])
+        return [name for file, name in files.items() if not isinstance(found[file], FileNotFoundError)]
 
     def files(self, folder: str) -> list[str]:
         return [f"{folder}/{name}" for name, kind in self._list(folder) if kind == "file"]
@@ -130,6 +149,8 @@ class _Remote:
         for path, content in found.items():
             if isinstance(content, FileNotFoundError):
                 raise UserError(f"{self._url}/{path} does not exist: see data.root and data.domains")
+            if isinstance(content, Exception):
+                raise content
         return found
 
     def _list(self, folder: str) -> Iterable[tuple[str, str]]:
@@ -141,15 +162,11 @@ class _Remote:
                 yield name, entry["type"]
 
     def _cat(self, paths: Sequence[str]) -> dict[str, Any]:
-        """Content, or FileNotFoundError, by path; any other error is raised."""
+        """Content, or the store's error, by path."""
         if not paths:
             return {}
         found: Mapping[str, Any] = self._fs.cat([f"{self._root}/{path}" for path in paths], on_error="return")
-        by_path = {path: found[f"{self._root}/{path}"] for path in paths}
-        for content in by_path.values():
-            if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
-                raise content
-        return by_path
+        return {path: found[f"{self._root}/{path}"] for path in paths}
 
 
 @contextmanager

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from opmix_dist.data.catalogue import DOMAIN_FILE, find_domains, is_domain_name
-from opmix_dist.data.remote import mirror
+from opmix_dist.data.catalogue import DOMAIN_FILE, find_domains
+from opmix_dist.data.remote import mirror, stored_domains
 from opmix_dist.data.samples import INDEX_FILE
-from opmix_dist.data.store import ShardStore, one_line
+from opmix_dist.data.store import ShardStore
 from opmix_dist.errors import UserError
 
 
@@ -29,7 +28,7 @@ def find(root: str, store: ShardStore | None, domains: Sequence[str] | None) -> 
     Raises:
         UserError: no folder, a remote that cannot be listed, no domain, or one that is not there.
     """
-    there = find_domains(Path(root)) if store is None else _remote_names(store)
+    there = find_domains(Path(root)) if store is None else stored_domains(store)
     if not there:
         raise UserError(f"{root} holds no domain: make some with `opmix prepare --out {root}`")
     for name in domains or ():
@@ -68,26 +67,3 @@ def _fault(store: ShardStore, name: str) -> str | None:
     except UserError as error:
         return str(error)
     return None
-
-
-def _remote_names(store: ShardStore) -> list[str]:
-    """Sorted names of the remote's folders with a ``domain.json``."""
-    import fsspec
-
-    try:
-        fs, path = fsspec.core.url_to_fs(store.remote)
-        folders = [
-            posixpath.basename(entry["name"].rstrip("/"))
-            for entry in fs.ls(path, detail=True)
-            if _is_folder(entry)
-        ]
-        names = sorted(filter(is_domain_name, folders))
-        files = {name: f"{path.rstrip('/')}/{name}/{DOMAIN_FILE}" for name in names}
-        found = fs.cat([*files.values()], on_error="return") if files else {}
-    except Exception as error:  # each store's client raises its own
-        raise UserError(f"{store.remote} cannot be read: {one_line(error)}") from None
-    return [name for name, file in files.items() if not isinstance(found[file], FileNotFoundError)]
-
-
-def _is_folder(entry: dict[str, str]) -> bool:
-    return entry["type"] == "directory"
