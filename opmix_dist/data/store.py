@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
-from io import BufferedWriter
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -120,10 +119,11 @@ class ShardStore:
         for attempt in range(self.attempts):
             if attempt:
                 time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
-            with self._room(local, file) as out:
+            with self._temporary(local, file) as out:
                 try:
                     within(self.timeout_s, functools.partial(self._copy, url, file, out))
-                    os.replace(out.name, local)
+                    with self._room():  # else whoever counts now may find neither name
+                        os.replace(out.name, local)
                     return
                 except _LocalError as error:
                     raise error.cause from None
@@ -135,7 +135,7 @@ class ShardStore:
             f"the file or see to the store"
         )
 
-    def _copy(self, url: str, file: StoredFile, out: BufferedWriter) -> None:
+    def _copy(self, url: str, file: StoredFile, out: IO[bytes]) -> None:
         """One try; what ``out`` holds is on the disk and checked afterwards."""
         import fsspec
 
@@ -164,8 +164,12 @@ class ShardStore:
         name = ".".join(path.relative_to(self.cache).parts)
         return FileLock(locks / f"{name}.lock", timeout=self.timeout_s if timeout_s is None else timeout_s)
 
+    def _room(self) -> FileLock:
+        """Held while bytes are counted, taken or given back; never while anything is waited for."""
+        return self._lock(self.cache / "room")
+
     @contextmanager
-    def _room(self, local: Path, file: StoredFile) -> Iterator[BufferedWriter]:
+    def _temporary(self, local: Path, file: StoredFile) -> Iterator[IO[bytes]]:
         """A temporary file of the final size, made after enough old shards were removed.
 
         It is open while it is needed: a try that hung and wakes up after the next one began cannot write into
@@ -174,20 +178,22 @@ class ShardStore:
         temporary = local.with_name(local.name + TEMPORARY_SUFFIX)
         with ExitStack() as stack:
             stack.callback(temporary.unlink, missing_ok=True)
-            with self._lock(self.cache / "room"):
-                temporary.unlink(missing_ok=True)  # what a killed fetch left: the shard's lock is ours
-                if self.limit_bytes is not None:
-                    self._make_room(file.raw_bytes, self.limit_bytes)
-                out = stack.enter_context(open(temporary, "wb"))
-                out.truncate(file.raw_bytes)  # counts as taken from now on, whoever else looks
-            yield out
+            self._reserve(temporary, file.raw_bytes)
+            yield stack.enter_context(open(temporary, "r+b"))
 
-    def _make_room(self, wanted: int, limit: int) -> None:
-        """Remove shards until ``wanted`` bytes fit; wait for fetches under way where that is not enough."""
-        if wanted > limit:
+    def _reserve(self, temporary: Path, wanted: int) -> None:
+        """Create the file once ``wanted`` bytes fit; wait for fetches under way where need be."""
+        limit = self.limit_bytes
+        if limit is not None and wanted > limit:
             raise UserError(f"data.cache_limit of {limit} bytes holds no shard of {wanted} bytes: raise it")
         deadline = time.monotonic() + self.timeout_s
-        while self._evict(limit - wanted) > limit - wanted:
+        while True:
+            with self._room():
+                temporary.unlink(missing_ok=True)  # what a killed fetch left: the shard's lock is ours
+                if limit is None or self._evict(limit - wanted) <= limit - wanted:
+                    with open(temporary, "wb") as out:
+                        out.truncate(wanted)  # counts as taken from now on, whoever else looks
+                    return
             if time.monotonic() > deadline:
                 raise UserError(
                     f"data.cache_limit of {limit} bytes is taken up by shards that have been fetched for "

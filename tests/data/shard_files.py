@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from opmix_dist.data.catalogue import (
     FORMAT_VERSION,
@@ -107,3 +108,9 @@ def flip_a_byte(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 0x40
     path.write_bytes(data)
+
+
+def cache_bytes(cache: Path) -> int:
+    """Bytes of a cache's shards at one moment: nothing is added or removed while they are counted."""
+    with FileLock(cache / ".locks/room.lock"):
+        return sum(path.stat().st_size for path in cache.glob("*/*/shard.*"))

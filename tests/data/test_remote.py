@@ -19,7 +19,7 @@ from opmix_dist.data.sampler import MixtureSampler
 from opmix_dist.data.shards import ShardedSplit
 from opmix_dist.data.store import ShardStore
 from opmix_dist.errors import UserError
-from tests.data.shard_files import write_catalogue, write_domain
+from tests.data.shard_files import cache_bytes, write_catalogue, write_domain
 from tests.s3_server import S3Server, s3_server
 
 pytestmark = pytest.mark.usefixtures("streaming")
@@ -135,7 +135,7 @@ def test_a_small_cache_is_kept_small_and_told_of(
     expected = loader(written)
     for _ in range(50):
         assert take(remote, 1) == take(expected, 1)
-        assert sum(path.stat().st_size for path in shards_here(tmp_path / "cache")) <= limit
+        assert cache_bytes(tmp_path / "cache") <= limit
     remote.close()
 
 

@@ -9,17 +9,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from opmix_dist.data import store as store_module
 from opmix_dist.data.shards import ShardedSplit
-from opmix_dist.data.store import ShardStore
+from opmix_dist.data.store import ShardStore, StoredFile
 from opmix_dist.errors import UserError
-from tests.data.shard_files import flip_a_byte, sample_tokens, write_split
+from tests.data.shard_files import cache_bytes, flip_a_byte, sample_tokens, write_split
 from tests.helpers import ROOT
 from tests.s3_server import S3Server, s3_server
 
@@ -155,7 +157,42 @@ def test_processes_share_a_cache_that_is_too_small_for_them(remote: Path, tmp_pa
     for reader in readers:
         reader.join(60)
     assert [reader.exitcode for reader in readers] == [0, 0, 0]
-    assert sum(path.stat().st_size for path in cache.glob("*/*/shard.*")) <= limit
+    assert cache_bytes(cache) <= limit
+
+
+def test_a_fetch_that_ends_while_another_counts_is_counted(
+    remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one ends between the second's listing of the cache and its look at the sizes."""
+    cache, size = tmp_path / "cache", (remote / "web/train/shard.00000.mds").stat().st_size
+    split = open_split(remote, cache, limit_bytes=size)
+    copied, counting, most = threading.Event(), threading.Event(), 0
+    copy, entries = ShardStore._copy, store_module._entries
+
+    def copy_and_wait(store: ShardStore, url: str, file: StoredFile, out: IO[bytes]) -> None:
+        nonlocal most
+        copy(store, url, file, out)
+        most = max(most, cache_bytes(cache))
+        if "00000" in url:
+            copied.set()
+            assert counting.wait(20)
+
+    def list_and_let_it_end(folder: Path | str) -> list[os.DirEntry[str]]:
+        found = entries(folder)
+        if any(entry.name.endswith(".part") for entry in found) and not counting.is_set():
+            counting.set()
+            first.join(0.5)
+        return found
+
+    monkeypatch.setattr(ShardStore, "_copy", copy_and_wait)
+    first = threading.Thread(target=split.read, args=(0,))
+    first.start()
+    assert copied.wait(20)
+    monkeypatch.setattr(store_module, "_entries", list_and_let_it_end)
+    assert ShardedSplit(split.local, split.store).read(7).tokens.tolist() == EXPECTED[7]
+    first.join()
+    assert counting.is_set()
+    assert most <= size
 
 
 def test_what_a_killed_fetch_left_makes_room(remote: Path, tmp_path: Path) -> None:
@@ -164,7 +201,7 @@ def test_what_a_killed_fetch_left_makes_room(remote: Path, tmp_path: Path) -> No
     for number in (1, 2):
         (tmp_path / f"cache/web/train/shard.0000{number}.mds.part").write_bytes(bytes(size))
     assert split.read(0).tokens.tolist() == EXPECTED[0]
-    assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/*/shard.*")) <= 2 * size
+    assert cache_bytes(tmp_path / "cache") <= 2 * size
 
 
 @pytest.fixture
@@ -217,9 +254,9 @@ def test_a_try_that_was_given_up_cannot_write_any_more(remote: Path, tmp_path: P
     file = ShardedSplit(remote / "web/train").files[0]
     store, local = ShardStore(str(remote), tmp_path / "cache"), tmp_path / "cache/shard.00000.mds"
     local.parent.mkdir()
-    with store._room(local, file) as given_up:
+    with store._temporary(local, file) as given_up:
         pass
-    with store._room(local, file):
+    with store._temporary(local, file):
         with pytest.raises(ValueError, match="closed file"):
             store._copy(f"{remote}/web/train/shard.00000.mds", file, given_up)
         assert not any((tmp_path / "cache/shard.00000.mds.part").read_bytes())
