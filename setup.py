@@ -20,6 +20,8 @@ setup(
         "scipy",
         "cvxpy",
         "clarabel",
+        "scikit-learn",
+        "lightgbm",
         "transformers>=4.57",
         "tokenizers",
         "peft",
