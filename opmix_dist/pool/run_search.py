@@ -41,7 +41,7 @@ from opmix_dist.pool.candidates import Method, cheaper_method, evaluate_candidat
 from opmix_dist.pool.errors import SearchError
 from opmix_dist.pool.probes import save_probe, train_probes
 from opmix_dist.pool.status import StatusWriter
-from opmix_dist.search.laws import LawFit, fit_log_linear
+from opmix_dist.search.laws import LawFit, LogLinearLaw, Observations, fit_law
 from opmix_dist.search.proposal import Proposal as Solution
 from opmix_dist.search.proposal import propose
 from opmix_dist.search.simplex import OLD, sample_candidates
@@ -312,14 +312,15 @@ class _Search:
 
     def _fit_and_propose(self, losses: DomainLosses) -> None:
         settings, request = self.config.search, self.request
-        self.fit: LawFit = fit_log_linear(
-            self.U,
-            losses.loss,
+        self.fit: LawFit = fit_law(
+            Observations(
+                self.U, losses.loss, composition=np.array(request.composition), names=request.domains
+            ),
             huber_delta=settings.law.huber_delta,
             num_starts=settings.law.num_starts,
             seed=derive_seed(request.seed, "law"),
-            domains=request.domains,
         )
+        assert isinstance(self.fit.law, LogLinearLaw)
         omega = settings.proposal.omega
         self.solution: Solution = propose(
             self.fit.law,
@@ -371,6 +372,7 @@ class _Search:
 
     def _fit_record(self) -> Fit:
         fit, law = self.fit, self.fit.law
+        assert isinstance(law, LogLinearLaw)
         return Fit(
             domains=self.request.domains,
             components=self.request.components,
