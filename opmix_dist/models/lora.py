@@ -68,13 +68,17 @@ class JointLoRALinear(nn.Module):
         return wide.view(y.shape).to(y.dtype)
 
     def _simulated(self, x: Tensor, y: Tensor, owner: JointAdapters) -> Tensor:
-        """x [M * b, T, d_in] and W x, M equal groups of rows, one for each row of the coefficients [M, K]."""
+        """x [M * b, T, d_in] and W x, M equal groups of rows, one for each row of the coefficients [M, K].
+
+        Coefficients may require gradients; the adapters are constants here, so that their gradients' inputs
+        are not kept.
+        """
         gates = owner.coefficients
         assert gates is not None
-        rank = self.A.shape[1]
-        low = F.linear(x.to(self.A.dtype), self.A.flatten(0, 1))  # [M * b, T, K * r]
-        low = low.view(len(gates), -1, low.shape[-1]) * self._gate_columns(gates, rank, owner.scale)
-        stacked = self.B.transpose(0, 1).reshape(self.B.shape[1], -1)  # [d_out, K * r]
+        A, B = self.A.detach(), self.B.detach()
+        low = F.linear(x.to(A.dtype), A.flatten(0, 1))  # [M * b, T, K * r]
+        low = low.view(len(gates), -1, low.shape[-1]) * self._gate_columns(gates, A.shape[1], owner.scale)
+        stacked = B.transpose(0, 1).reshape(B.shape[1], -1)  # [d_out, K * r]
         flat = y.reshape(-1, y.shape[-1]).to(low.dtype)
         return torch.addmm(flat, low.reshape(len(flat), -1), stacked.T).view(y.shape).to(y.dtype)
 
@@ -185,7 +189,10 @@ class JointAdapters:
 
     @contextmanager
     def simulating(self, coefficients: Tensor) -> Iterator[None]:
-        """Rows are grouped by candidate: the batch is [M * b, T] for coefficients [M, K]."""
+        """Rows are grouped by candidate: the batch is [M * b, T] for coefficients [M, K].
+
+        Losses can be differentiated with respect to the coefficients, and to nothing else.
+        """
         with self._switched(Mode.SIMULATE, coefficients.to(self.parameters()[0])):
             yield
 

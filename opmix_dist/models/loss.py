@@ -1,4 +1,5 @@
-"""Next-token cross-entropy over the targets of samples, and losses of domains; float32 from the logits on.
+"""Next-token cross-entropy over the targets of samples, and losses of domains; float32 or better from the
+logits on.
 
 A loss is always a ratio: nats summed over targets, over the number of targets. Samples may have different
 numbers of them, down to none, so both parts are kept until all that belongs together is summed.
@@ -26,12 +27,13 @@ def sample_losses(model: nn.Module, batch: TokenBatch) -> Tensor:
         batch: B samples of T tokens; position ids, where it has them, confine attention to documents.
 
     Returns:
-        [B] float32.
+        [B] float32, or float64 of a model in float64.
     """
     logits = _logits(model, batch)[:, :-1]  # of tokens 1 to T-1
     targets = torch.where(batch.loss_mask, batch.tokens, _NO_TARGET)[:, 1:]
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=_NO_TARGET, reduction="none"
+        precise.flatten(0, 1), targets.flatten(), ignore_index=_NO_TARGET, reduction="none"
     )
     return losses.view(targets.shape).sum(dim=1)
 

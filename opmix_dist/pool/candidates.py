@@ -1,12 +1,14 @@
 """Evaluating candidate mixtures on paired held-out tokens: the plain-torch EvaluateCandidates.
 
 The contract: a base model, adapters, coefficients U [M, C] and held-out tokens of D domains give losses
-[M, D]. Every candidate sees the same tokens, so differences between candidates are paired.
+[M, D], and on request their exact gradients [M, D, C]. Every candidate sees the same tokens, so differences
+between candidates are paired.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -19,6 +21,15 @@ from opmix_dist.models.lora import JointAdapters
 from opmix_dist.models.loss import DomainLosses, losses_by_domain, sample_loss_sums, sample_losses
 
 Method = Literal["lowrank", "merge"]
+
+
+@dataclass(frozen=True)
+class SimulatedGradients:
+    """losses: of M candidates over D domains; gradients: dL_i / du_k [M, D, C] float64, in nats per token and
+    unit of u_k, of losses as functions of all of R^C: not projected onto the simplex."""
+
+    losses: DomainLosses
+    gradients: np.ndarray
 
 
 def cheaper_method(flops: FlopCounts, num_adapters: int, tokens: int) -> Method:
@@ -99,3 +110,49 @@ def _lowrank(
         for _ in group:
             tick()
     return sums
+
+
+def simulate_with_gradients(
+    adapters: JointAdapters,
+    coefficients: np.ndarray,
+    heldout: TokenBatch,
+    domain_ids: Tensor,
+    num_domains: int,
+    *,
+    batch_size: int,
+    on_progress: Callable[[], None] = lambda: None,
+) -> SimulatedGradients:
+    """Losses [M, D] as of :func:`evaluate_candidates`, and their exact gradients by back-propagation.
+
+    Every sample gets coefficients of its own, all equal to its candidate's. Its loss depends on no others, so
+    one backward pass over a part gives each sample its own gradient, whichever domains the part mixes; they
+    are summed by domain in float64. Nothing else gets a gradient, and no graph outlives
+    its part. Some 3 times the cost of the losses alone.
+
+    Args:
+        batch_size: samples per forward and backward pass; a graph holds the activations of this many.
+    """
+    adapters.model.eval()
+    U = torch.as_tensor(coefficients, dtype=torch.float64)
+    sums = torch.zeros(len(U), len(heldout), dtype=torch.float64)
+    slopes = torch.zeros(*sums.shape, U.shape[1], dtype=torch.float64)
+    for m, u in enumerate(U):
+        for start in range(0, len(heldout), batch_size):
+            part = heldout[start : start + batch_size]
+            rows = slice(start, start + len(part))
+            sums[m, rows], slopes[m, rows] = _differentiated(adapters, u, part)
+        on_progress()
+    losses = losses_by_domain(sums.numpy(), heldout.targets.numpy(), domain_ids.numpy(), num_domains)
+    gradients = np.zeros((len(U), num_domains, U.shape[1]))
+    np.add.at(gradients.swapaxes(0, 1), domain_ids.numpy(), slopes.numpy().swapaxes(0, 1))
+    return SimulatedGradients(losses, gradients / np.maximum(losses.targets, 1)[:, None])
+
+
+def _differentiated(adapters: JointAdapters, u: Tensor, part: TokenBatch) -> tuple[Tensor, Tensor]:
+    """Loss sums [b] of the samples under u [C], and the gradient of each with respect to u [b, C]."""
+    device = adapters.parameters()[0].device
+    gates = u.expand(len(part), -1).clone().requires_grad_()
+    with torch.enable_grad(), adapters.simulating(gates):
+        found = sample_losses(adapters.model, part.to(device))
+        (slopes,) = torch.autograd.grad(found.sum(), gates)
+    return found.detach().cpu(), slopes

@@ -1,4 +1,5 @@
-"""Candidate evaluation: low-rank and merged agree with deltas merged by hand in float64."""
+"""Candidate evaluation: low-rank and merged agree with deltas merged by hand in float64, and gradients with
+finite differences."""
 
 from __future__ import annotations
 
@@ -7,11 +8,13 @@ import copy
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from opmix_dist.models.flops import count_flops
 from opmix_dist.models.lora import JointAdapters
-from opmix_dist.pool.candidates import cheaper_method, evaluate_candidates
+from opmix_dist.pool.candidates import cheaper_method, evaluate_candidates, simulate_with_gradients
 from tests.helpers import tiny_llama, uneven_batch
 
 RANK, ALPHA, LENGTH = 4, 8, 16
@@ -23,11 +26,26 @@ U = np.array([[0.2, 0.5, 0.3], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.1, 0.1, 0.8]
 @pytest.fixture
 def adapters() -> JointAdapters:
     """Random adapters whose deltas change the losses clearly."""
-    found = JointAdapters(tiny_llama(), ["old", "a", "b"], rank=RANK, alpha=ALPHA, seeds=[0, 1, 2])
+    return random_adapters(tiny_llama())
+
+
+def random_adapters(model: PreTrainedModel) -> JointAdapters:
+    found = JointAdapters(model, ["old", "a", "b"], rank=RANK, alpha=ALPHA, seeds=[0, 1, 2])
     generator = torch.Generator().manual_seed(4)
     for layer in found.layers.values():
         layer.B.data.normal_(0, 0.3, generator=generator)
     return found
+
+
+def float64_llama(*, tied: bool) -> PreTrainedModel:
+    """Float64 throughout: transformers' own RMSNorm would round to float32 on the way."""
+    model = tiny_llama(tied=tied).double()
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "LlamaRMSNorm":
+            norm = nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, dtype=torch.float64)
+            norm.weight.data.copy_(module.weight.data)
+            model.set_submodule(name, norm)
+    return model
 
 
 def in_float64(adapters: JointAdapters, u: np.ndarray) -> np.ndarray:
@@ -87,3 +105,47 @@ def test_cheaper_method_crosses_over_where_the_flops_do() -> None:
     tokens = counts.merge_per_adapter / counts.lora_per_adapter
     assert cheaper_method(counts, 3, int(tokens) - 1) == "lowrank"
     assert cheaper_method(counts, 3, int(tokens) + 2) == "merge"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("mask_documents", [False, True])
+@pytest.mark.parametrize("batch_size", [3, 16])
+def test_gradients_equal_finite_differences(tied: bool, mask_documents: bool, batch_size: int) -> None:
+    """Parts of 3 samples mix the domains, whose samples have unequal numbers of targets, some none."""
+    adapters = random_adapters(float64_llama(tied=tied))
+    heldout = uneven_batch(3, 7, LENGTH, mask_documents=mask_documents)
+    domains = torch.tensor([1, 0, 1, 0, 0, 1, 0])  # of four: one has no sample, one a sample without targets
+    domains[3] = 3
+    arguments = (heldout, domains, 4)
+    found = simulate_with_gradients(adapters, U[:2], *arguments, batch_size=batch_size)
+    step = 1e-4
+    for m, u in enumerate(U[:2]):
+        around = np.concatenate([u + step * np.eye(3), u - step * np.eye(3)])
+        losses = evaluate_candidates(adapters, around, *arguments, method="lowrank", batch_size=16).loss
+        expected = (losses[:3] - losses[3:]).T / (2 * step)  # [D, C]
+        assert np.abs(expected[:2]).min() > 1e-3, "a gradient near 0 shows nothing"
+        np.testing.assert_allclose(found.gradients[m], expected, rtol=1e-6, atol=1e-8)
+    assert found.losses.targets[2:].tolist() == [0, 0]
+    assert not found.gradients[:, 2:].any()
+
+
+@pytest.mark.parametrize("batch_size", [2, 16])
+def test_simulating_with_gradients_gives_the_losses_of_candidates(adapters, batch_size: int) -> None:
+    ticks: list[int] = []
+    with torch.no_grad():  # a caller's no_grad changes nothing
+        found = simulate_with_gradients(
+            adapters, U, HELDOUT, DOMAINS, 2, batch_size=batch_size, on_progress=lambda: ticks.append(1)
+        )
+    expected = evaluate_candidates(adapters, U, HELDOUT, DOMAINS, 2, method="lowrank", batch_size=16)
+    np.testing.assert_allclose(found.losses.loss, expected.loss, rtol=1e-6)
+    np.testing.assert_allclose(found.losses.stderr, expected.stderr, rtol=1e-3, atol=1e-7)
+    assert found.losses.targets.tolist() == expected.targets.tolist()
+    assert found.gradients.dtype == np.float64
+    assert len(ticks) == len(U)
+    assert all(p.grad is None for p in adapters.model.parameters())
+    assert all(p.requires_grad for p in adapters.parameters()), "probes could not be trained any more"
+
+
+def test_no_candidates_give_empty_gradients(adapters: JointAdapters) -> None:
+    found = simulate_with_gradients(adapters, np.zeros((0, 3)), HELDOUT, DOMAINS, 2, batch_size=4)
+    assert found.gradients.shape == (0, 2, 3)
