@@ -1,0 +1,133 @@
+"""What a law says of any mixture: losses and their differences with intervals, and how far it reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import linprog
+
+from opmix_dist.search.laws import Law
+
+# Candidates whose distance from the others is looked at: a linear program each.
+MOST_CANDIDATES = 64
+# A mixture that is farther from the candidates than this share of them is from the others is extrapolated to.
+ORDINARY = 0.9
+
+
+@dataclass(frozen=True)
+class Band:
+    """Values with the interval that they lie in by the resampled laws, each [M, D], nats per token."""
+
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def predicted_losses(law: Law, resampled: Sequence[Law], U: np.ndarray, *, confidence: float) -> Band:
+    """Losses [M, D] at candidates U [M, K], without the averaging term: what the mixtures themselves give.
+
+    Args:
+        resampled: laws of a bootstrap, at least 2.
+        confidence: share of them within the interval, as much above as below.
+    """
+    draws = np.stack([one.predict(U, averaging=False) for one in resampled])  # [B, M, D]
+    return _band(law.predict(U, averaging=False), draws, confidence)
+
+
+def predicted_changes(
+    law: Law, resampled: Sequence[Law], U: np.ndarray, start: np.ndarray, *, confidence: float
+) -> Band:
+    """Losses [M, D] at U [M, K] minus those at ``start`` [K].
+
+    Paired: each resampled law is taken at both, so that what shifts both alike drops out. The intervals are
+    therefore narrower than the difference of two of ``predicted_losses`` would make believe.
+    """
+    both = np.vstack([U, start])
+    draws = np.stack([one.predict(both, averaging=False) for one in resampled])
+    value = law.predict(both, averaging=False)
+    return _band(value[:-1] - value[-1], draws[:, :-1] - draws[:, -1:], confidence)
+
+
+def _band(value: np.ndarray, draws: np.ndarray, confidence: float) -> Band:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    return Band(value, low, high)
+
+
+def with_shares(mixture: np.ndarray, shares: Mapping[int, float]) -> np.ndarray:
+    """The mixture [X] with some shares fixed by number; the others keep their proportions among each other.
+
+    Raises:
+        ValueError: shares that are no shares, sum to more than 1, or leave a rest that nobody can take.
+    """
+    fixed = np.zeros(len(mixture), dtype=bool)
+    result = np.array(mixture, dtype=np.float64)
+    for index, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"a share must lie between 0 and 1, not {share:g}")
+        fixed[index], result[index] = True, share
+    rest = 1 - result[fixed].sum()
+    others = result[~fixed].sum()
+    if rest < -1e-9:
+        raise ValueError(f"the shares that are set sum to {result[fixed].sum():.6g}, which is more than 1")
+    if rest > 1e-9 and others <= 0:
+        raise ValueError(
+            f"the shares that are set sum to {result[fixed].sum():.6g}, and the other domains have no share "
+            "in the mixture that could grow to fill the rest: set one of them, too"
+        )
+    result[~fixed] *= max(rest, 0.0) / others if others > 0 else 0.0
+    return result / result.sum()
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far from the candidates U [M, K] a law is asked, in shares of the coefficients.
+
+    ordinary: the distance that nine of ten candidates keep from the others, where they are left out. Beyond
+        it the left-out errors of a fit, and the intervals that come from them, say nothing.
+    """
+
+    candidates: np.ndarray
+    ordinary: float
+
+    @classmethod
+    def of(cls, candidates: np.ndarray) -> Reach:
+        rows = np.unique(np.linspace(0, len(candidates) - 1, MOST_CANDIDATES).round().astype(int))
+        distances = [distance_outside(candidates[m], np.delete(candidates, m, axis=0)) for m in rows]
+        return cls(candidates, float(np.quantile(distances, ORDINARY)))
+
+    def distance(self, u: np.ndarray) -> float:
+        return distance_outside(u, self.candidates)
+
+    def covers(self, u: np.ndarray) -> bool:
+        return self.distance(u) <= self.ordinary + 1e-9
+
+
+def distance_outside(u: np.ndarray, candidates: np.ndarray) -> float:
+    """The least share of u [K] that has to move to bring it into the convex hull of the rows U [M, K].
+
+    The total variation distance to the nearest point of the hull, by a linear program: 0 within the hull, 1
+    for a corner that no candidate has a share of; 1 without candidates.
+    """
+    points, components = candidates.shape
+    if points == 0:
+        return 1.0
+    # u = U^T w + plus - minus, w on the simplex; sum(plus) = sum(minus) is what moves
+    identity = np.eye(components)
+    found = linprog(
+        np.concatenate([np.zeros(points), np.ones(components), np.zeros(components)]),
+        A_eq=np.vstack(
+            [
+                np.hstack([candidates.T, identity, -identity]),
+                np.concatenate([np.ones(points), np.zeros(2 * components)]),
+            ]
+        ),
+        b_eq=np.append(u, 1.0),
+        bounds=(0, None),
+    )
+    if found.status != 0:
+        raise RuntimeError(f"the distance to the candidates could not be computed: {found.message}")
+    return max(float(found.fun), 0.0)

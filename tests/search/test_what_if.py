@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opmix_dist.search.laws import LogLinearLaw
+from opmix_dist.search.what_if import (
+    Reach,
+    distance_outside,
+    predicted_changes,
+    predicted_losses,
+    with_shares,
+)
+
+
+def test_predictions_are_the_laws_by_hand():
+    law = LogLinearLaw(np.log([2.0, 1.0]), np.array([[0.0, np.log(3.0)], [np.log(2.0), 0.0]]))
+    U = np.array([[1.0, 0.0], [0.5, 0.5]])
+    band = predicted_losses(law, [law, law], U, confidence=0.9)
+    # 2 + exp(0), 1 + exp(log 2); then 2 + sqrt(3), 1 + sqrt(2)
+    assert band.value == pytest.approx(np.array([[3.0, 3.0], [2 + 3**0.5, 1 + 2**0.5]]))
+    assert np.array_equal(band.low, band.value)
+    assert np.array_equal(band.high, band.value)
+    changes = predicted_changes(law, [law, law], U[1:], U[0], confidence=0.9)
+    assert changes.value == pytest.approx(np.array([[3**0.5 - 1, 2**0.5 - 2]]))
+
+
+def test_intervals_are_quantiles_and_changes_are_paired():
+    """Laws that differ by a shift only: levels are uncertain by the shift, changes not at all."""
+    resampled = [
+        LogLinearLaw(np.log([1.0 + shift]), np.array([[0.0, 0.5]])) for shift in np.linspace(0, 1, 101)
+    ]
+    law, U = resampled[50], np.array([[0.0, 1.0]])
+    band = predicted_losses(law, resampled, U, confidence=0.9)
+    assert band.value[0, 0] - band.low[0, 0] == pytest.approx(0.45)
+    assert band.high[0, 0] - band.value[0, 0] == pytest.approx(0.45)
+    changes = predicted_changes(law, resampled, U, np.array([1.0, 0.0]), confidence=0.9)
+    for value in (changes.value, changes.low, changes.high):
+        assert value[0, 0] == pytest.approx(np.exp(0.5) - 1)
+    with pytest.raises(ValueError, match="confidence must lie between 0 and 1, not 90"):
+        predicted_losses(law, resampled, U, confidence=90)
+
+
+def test_the_others_keep_their_proportions():
+    assert with_shares(np.array([0.5, 0.3, 0.2]), {0: 0.75}) == pytest.approx([0.75, 0.15, 0.1])
+    assert with_shares(np.array([0.5, 0.3, 0.2]), {1: 0.2, 2: 0.0}) == pytest.approx([0.8, 0.2, 0.0])
+    assert with_shares(np.array([0.5, 0.5, 0.0]), {2: 1.0}) == pytest.approx([0.0, 0.0, 1.0])
+    assert with_shares(np.array([1.0, 0.0]), {0: 0.4, 1: 0.6}) == pytest.approx([0.4, 0.6])
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ({0: 1.2}, "between 0 and 1, not 1.2"),
+        ({0: -0.1}, "between 0 and 1, not -0.1"),
+        ({0: 0.7, 1: 0.4}, r"sum to 1\.1, which is more than 1"),
+        ({0: 0.5}, "no share in the mixture that could grow"),
+        ({0: 0.4, 1: 0.1, 2: 0.1}, r"sum to 0\.6"),
+    ],
+)
+def test_shares_that_make_no_mixture(shares, message):
+    with pytest.raises(ValueError, match=message):
+        with_shares(np.array([1.0, 0.0, 0.0]), shares)
+
+
+@given(
+    st.lists(st.floats(0.01, 1), min_size=3, max_size=6),
+    st.floats(0, 1),
+)
+def test_a_set_share_is_exact_and_ratios_stay(weights, share):
+    mixture = np.array(weights) / sum(weights)
+    changed = with_shares(mixture, {0: share})
+    assert changed[0] == pytest.approx(share)
+    assert changed.sum() == pytest.approx(1)
+    assert changed[1] * mixture[2] == pytest.approx(changed[2] * mixture[1])
+
+
+def test_distance_from_the_candidates_by_hand():
+    candidates = np.array([[0.6, 0.4, 0.0], [0.2, 0.8, 0.0], [0.2, 0.4, 0.4]])
+    assert distance_outside(np.array([0.3, 0.6, 0.1]), candidates) == pytest.approx(0.0, abs=1e-9)
+    # only the last candidate has the third component, 0.4 of it: 0.3 of the coefficients have to move
+    assert distance_outside(np.array([0.1, 0.2, 0.7]), candidates) == pytest.approx(0.3)
+    assert distance_outside(np.array([0.0, 0.0, 1.0]), candidates) == pytest.approx(0.6)
+    assert distance_outside(np.array([1.0, 0.0, 0.0]), np.zeros((0, 3))) == 1.0
+
+
+def test_reach_is_what_nine_of_ten_candidates_keep():
+    """On a line: left out, only the two ends lie outside of the others, by 0.1 and 0.4."""
+    share = np.array([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 1.0])
+    reach = Reach.of(np.stack([share, 1 - share], axis=1))
+    distances = np.array([0.1, 0, 0, 0, 0, 0, 0, 0.4])
+    assert reach.ordinary == pytest.approx(np.quantile(distances, 0.9))
+    assert reach.covers(np.array([0.9, 0.1]))
+    narrow = Reach.of(np.stack([share[:-1], 1 - share[:-1]], axis=1))
+    assert narrow.ordinary == pytest.approx(np.quantile([0.1, 0, 0, 0, 0, 0, 0.1], 0.9))
+    assert narrow.covers(np.array([0.7, 0.3]))
+    assert not narrow.covers(np.array([0.75, 0.25]))
