@@ -176,7 +176,8 @@ def _prepare(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _train(arguments: argparse.Namespace, rest: list[str]) -> None:
-    from opmix_dist.config import load_config, to_yaml
+    from opmix_dist.config import load_config
+    from opmix_dist.settings import to_yaml
 
     config = load_config(arguments.config, rest)
     if arguments.print_config:

@@ -1,31 +1,22 @@
-"""The typed configuration of a training run: YAML in, checked values out.
+"""The typed configuration of a training run, and of a search alone.
 
-Every field has a type, a unit where it has one, and a line of documentation; ``opmix train --print-config``
-prints them all. An unknown key is an error that names its dotted path and the nearest valid one. The
-defaults of ``search`` are the values of the OP-Mix paper (arXiv 2605.15220).
+Every field has a type, a unit where it has one, and a line of documentation; ``--print-config`` prints them
+all. The settings of the search itself are in ``search_config.py``.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ByteSize, Field, model_validator
 
 from opmix_dist.data.remote import is_url
-from opmix_dist.errors import UserError
+from opmix_dist.search_config import SearchConfig
+from opmix_dist.settings import Section, check_settings, read_settings
 
 DTypeName = Literal["float32", "bfloat16"]
-
-
-class Section(BaseModel):
-    """A group of settings; immutable once it is checked."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelConfig(Section):
@@ -176,63 +167,6 @@ class MixtureConfig(Section):
         return self
 
 
-class ProbeConfig(Section):
-    steps: int = Field(5000, ge=1, description="optimiser steps of each probe (paper: 5,000 in pretraining)")
-    batch_size: int = Field(32, ge=1, description="samples per probe and step")
-    rank: int = Field(16, ge=1, description="LoRA rank")
-    alpha: int = Field(32, gt=0, description="LoRA alpha; the delta is alpha / rank * B A")
-    dropout: float = Field(0.05, ge=0, lt=1, description="dropout on each adapter's input")
-    lr_multiplier: float = Field(2.0, gt=0, description="probe learning rate over optimizer.lr; no warm-up")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay on A and B")
-    max_grad_norm: float = Field(1.0, gt=0, description="each adapter's own gradient norm to clip to")
-    domain_share: float = Field(0.9, gt=0, le=1, description="share of its domain in a domain's probe")
-    max_joint: int = Field(64, ge=1, description="adapters trained in one pass; more take several passes")
-
-
-class CandidateConfig(Section):
-    count: int = Field(20, ge=2, description="candidate mixtures (paper: 12 to 20)")
-    include_current: bool = Field(
-        True, description="make the current mixture the first candidate; the paper's are Dirichlet draws only"
-    )
-    dirichlet_alpha: float = Field(1.0, gt=0, description="concentration of the Dirichlet over components")
-    samples_per_domain: int = Field(
-        64, ge=1, description="held-out samples per domain; never the reported ones"
-    )
-    batch_size: int = Field(16, ge=1, description="samples per forward pass and candidate")
-    joint: int = Field(4, ge=1, description="candidates per forward pass (low-rank path)")
-    method: Literal["auto", "lowrank", "merge"] = Field(
-        "auto", description="add low-rank terms per candidate, or merge deltas in memory; auto counts FLOPs"
-    )
-
-
-class LawConfig(Section):
-    huber_delta: float = Field(0.02, gt=0, description="Huber threshold on residuals of the log-linear law")
-    num_starts: int = Field(64, ge=1, description="random starts per domain, all fitted at once")
-
-
-class ProposalConfig(Section):
-    kl: float = Field(0.05, ge=0, description="lambda of KL(x || prior)")
-    prior: Literal["current", "uniform", "natural"] = Field(
-        "current", description="what the KL pulls towards"
-    )
-    omega: dict[str, float] | None = Field(None, description="weight of each domain's loss; null: 1/n each")
-    expansion: Literal["effective", "paper"] = Field(
-        "effective", description="x = C^T u; `paper` takes a domain's probe as the pure domain"
-    )
-    max_repetitions: float | None = Field(
-        None, gt=0, description="cap on the epochs over a domain in the whole run; null: no cap"
-    )
-
-
-class SearchConfig(Section):
-    mode: Literal["sync", "async"] = Field("sync", description="wait for the proposal, or train on meanwhile")
-    start_fraction: float = Field(0.2, gt=0, lt=1, description="share of the steps before the search")
-    probes: ProbeConfig = ProbeConfig()
-    candidates: CandidateConfig = CandidateConfig()
-    law: LawConfig = LawConfig()
-    proposal: ProposalConfig = ProposalConfig()
-
-
 class PoolConfig(Section):
     ranks: int = Field(0, ge=0, description="last ranks of the launch that search; 0: on the trainer ranks")
     external: bool = Field(False, description="the pool is a launch of its own: `opmix pool --run DIR`")
@@ -255,20 +189,36 @@ class LoggingConfig(Section):
     wandb_project: str | None = Field(None, description="W&B project; null: no W&B")
 
 
-class RunConfig(Section):
+class SharedConfig(Section):
+    """What a training run and a search alone have in common: all that a search needs."""
+
     run_dir: str = Field(description="folder of this run; trainers and pool share it")
     seed: int = Field(0, ge=0, description="seed of weights, data order, probes and candidates")
-    resume: Literal["auto", "never"] = Field("auto", description="auto continues from the newest checkpoint")
+    resume: Literal["auto", "never"] = Field("auto", description="auto continues what is in run_dir")
     deterministic: bool = Field(False, description="deterministic kernels only (slower on GPUs)")
     model: ModelConfig
     data: DataConfig
     engine: EngineConfig = EngineConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    mixture: MixtureConfig = MixtureConfig()
+    search: SearchConfig = SearchConfig()
+
+    @model_validator(mode="after")
+    def _flash_attention_dtype(self) -> SharedConfig:
+        if "flash" in self.model.attention and self.engine.param_dtype == "float32":
+            raise ValueError(
+                f"model.attention {self.model.attention} computes in 16 bits: set engine.param_dtype to "
+                "bfloat16"
+            )
+        return self
+
+
+class RunConfig(SharedConfig):
+    """``opmix train``."""
+
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
-    mixture: MixtureConfig = MixtureConfig()
-    search: SearchConfig = SearchConfig()
     pool: PoolConfig = PoolConfig()
     logging: LoggingConfig = LoggingConfig()
 
@@ -286,13 +236,24 @@ class RunConfig(Section):
         """The step boundary at which the search starts, at least 1 and before the last step."""
         return min(max(1, round(self.search.start_fraction * self.train.steps)), max(1, self.train.steps - 1))
 
+
+class SearchRunConfig(SharedConfig):
+    """``opmix search``: a search alone, from ``model.checkpoint``.
+
+    ``mixture.initial`` is the mixture that the checkpoint was trained on, ``optimizer`` the base of the
+    probes'.
+    """
+
+    tokens_to_train: int | None = Field(
+        None, ge=1, description="tokens that the proposal is for; needed by search.proposal.max_repetitions"
+    )
+
     @model_validator(mode="after")
-    def _flash_attention_dtype(self) -> RunConfig:
-        if "flash" in self.model.attention and self.engine.param_dtype == "float32":
-            raise ValueError(
-                f"model.attention {self.model.attention} computes in 16 bits: set engine.param_dtype to "
-                "bfloat16"
-            )
+    def _search_alone(self) -> SearchRunConfig:
+        if self.model.checkpoint is None:
+            raise ValueError("a search starts from a trained model: set model.checkpoint, not model.config")
+        if self.search.proposal.max_repetitions is not None and self.tokens_to_train is None:
+            raise ValueError("search.proposal.max_repetitions needs tokens_to_train: set both or none")
         return self
 
 
@@ -329,140 +290,39 @@ RESUME_MAY_CHANGE = (
 )
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, apply dotted overrides (``--train.steps 10`` or ``--train.steps=10``) and check it.
+# What may change between two calls of one search: probes and evaluations that stay valid are used again.
+SEARCH_MAY_CHANGE = (
+    *(key for key in RESUME_MAY_CHANGE if key.partition(".")[0] in SearchRunConfig.model_fields),
+    "tokens_to_train",
+    "mixture.policy",
+    "search.mode",
+    "search.start_fraction",
+    "search.method",
+    "search.gradients",
+    "search.candidates",
+    "search.law",
+    "search.refinement",
+    "search.gradient",
+    "search.proposal",
+)
 
-    Raises:
-        UserError: one line that names the file or the dotted key, and the nearest valid key.
-    """
-    path = Path(path)
-    try:
-        data = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} must hold a mapping of settings, not {type(data).__name__}")
-    for key, value in parse_overrides(overrides):
-        _set_dotted(data, key, value)
-    return check_config(data)
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply dotted overrides and check it; raises UserError as ``read_settings`` and
+    ``check_settings`` do."""
+    return check_config(read_settings(path, overrides))
 
 
 def check_config(data: Mapping[str, Any]) -> RunConfig:
-    """Turn nested plain values into a :class:`RunConfig`; raises UserError as :func:`load_config` does."""
-    leaves = [key for key, _ in _fields(RunConfig)]
-    valid = [*leaves, *{key.rpartition(".")[0] for key in leaves if "." in key}]
-    for key in _unknown_keys(RunConfig, data):
-        near = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)[0]
-        raise UserError(f"unknown setting `{key}`: the nearest valid one is `{near}`")
-    try:
-        return RunConfig.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        key = next((leaf for leaf in leaves if key.startswith(f"{leaf}.")), key)  # not which type of a union
-        shown = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"
-        where = f"setting `{key}`: " if key else ""  # a check of the whole names its settings itself
-        raise UserError(f"{where}{first['msg'].removeprefix('Value error, ')}{shown}") from None
+    """Turn nested plain values into a :class:`RunConfig`; raises UserError as ``check_settings`` does."""
+    return check_settings(RunConfig, data)
 
 
-def parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """``["--a.b", "1", "--c=x"]`` to ``("a.b", 1), ("c", "x")``; values are YAML."""
-    rest = list(arguments)
-    while rest:
-        flag = rest.pop(0)
-        if not flag.startswith("--"):
-            raise UserError(f"`{flag}` is not a setting: write --dotted.key value")
-        key, equals, text = flag[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise UserError(f"setting `{key}` has no value")
-            text = rest.pop(0)
-        yield key, _yaml_value(text)
-
-
-def _yaml_value(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:  # YAML 1.1 takes 1e-3 for a string
-            number = float(value)
-        except ValueError:
-            return value
-        return number if math.isfinite(number) else value
-    return value
-
-
-def _set_dotted(data: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, leaf = dotted.split(".")
-    for name in parents:
-        child = data.get(name)
-        if not isinstance(child, dict):
-            child = data[name] = {}
-        data = child
-    data[leaf] = value
-
-
-def _section(annotation: Any) -> type[Section] | None:
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
-
-
-def _fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted path and field of every leaf setting, in order."""
-    for name, field in section.model_fields.items():
-        child = _section(field.annotation)
-        if child is None:
-            yield prefix + name, field
-        else:
-            yield from _fields(child, f"{prefix}{name}.")
-
-
-def _unknown_keys(section: type[Section], data: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in data.items():
-        field = section.model_fields.get(str(name))
-        if field is None:
-            yield f"{prefix}{name}"
-        elif (child := _section(field.annotation)) is not None and isinstance(value, Mapping):
-            yield from _unknown_keys(child, value, f"{prefix}{name}.")
-
-
-def to_yaml(config: RunConfig, *, documented: bool = False) -> str:
-    """The resolved configuration as YAML that loads back to an equal one.
-
-    Args:
-        documented: put each field's documentation above it.
-    """
-    plain = config.model_dump(mode="json")
-    if not documented:
-        return yaml.safe_dump(plain, sort_keys=False)
-    return "\n".join(_documented(RunConfig, plain, "")) + "\n"
-
-
-def _documented(section: type[Section], data: Mapping[str, Any], indent: str) -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        child = _section(field.annotation)
-        if child is not None:
-            yield f"{indent}{name}:"
-            yield from _documented(child, data[name], indent + "  ")
-            continue
-        yield f"{indent}# {field.description}"
-        in_a_list = yaml.safe_dump([data[name]], sort_keys=False, default_flow_style=True, width=math.inf)
-        yield f"{indent}{name}: {in_a_list.strip()[1:-1]}"
-
-
-def changed_settings(old: RunConfig, new: RunConfig) -> list[str]:
-    """Dotted settings that differ and that a resumed run may not change."""
-    allowed = tuple(f"{key}." for key in RESUME_MAY_CHANGE)
-    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
-    return [
-        key
-        for key, _ in _fields(RunConfig)
-        if not f"{key}.".startswith(allowed) and _get_dotted(before, key) != _get_dotted(after, key)
-    ]
-
-
-def _get_dotted(data: Mapping[str, Any], dotted: str) -> Any:
-    value: Any = data
-    for name in dotted.split("."):
-        value = value[name]
-    return value
+def load_search_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[SearchRunConfig, list[str]]:
+    """As ``load_config``, for a search alone. The configuration of a training run will do: its sections that
+    a search has no use for are left out, and returned by name."""
+    data = read_settings(path, overrides)
+    of_training = set(RunConfig.model_fields) - set(SearchRunConfig.model_fields)
+    unused = [name for name in data if name in of_training]
+    used = {name: value for name, value in data.items() if name not in of_training}
+    return check_settings(SearchRunConfig, used), unused

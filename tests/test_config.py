@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from opmix_dist.config import RunConfig, _fields, changed_settings, check_config, load_config, to_yaml
+from opmix_dist.config import RESUME_MAY_CHANGE, RunConfig, check_config, load_config
 from opmix_dist.errors import UserError
+from opmix_dist.settings import changed_settings, fields, to_yaml
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 DEMO = Path(__file__).parent.parent / "configs" / "demo.yaml"
@@ -27,7 +28,7 @@ def test_printed_configuration_loads_back(documented: bool) -> None:
 
 
 def test_every_setting_is_documented() -> None:
-    undocumented = [key for key, field in _fields(RunConfig) if not field.description]
+    undocumented = [key for key, field in fields(RunConfig) if not field.description]
     assert undocumented == []
 
 
@@ -104,11 +105,11 @@ def test_a_resume_may_change_only_what_keeps_the_order_and_the_losses() -> None:
         "--data.fetch_ahead=0", "--data.fetch_timeout_s=1", "--data.max_epochs={cpp: 2}",
         "--data.on_exhausted=renormalize",
     ]  # fmt: skip
-    assert changed_settings(old, load_config(DEMO, free)) == []
+    assert changed_settings(old, load_config(DEMO, free), RESUME_MAY_CHANGE) == []
     bound = [
         "--seed=1", "--data.shuffle_block=9", "--data.mask_documents=true", "--optimizer.lr=1",
         "--search.probes.steps=9",
     ]  # fmt: skip
-    assert changed_settings(old, load_config(DEMO, bound)) == [
+    assert changed_settings(old, load_config(DEMO, bound), RESUME_MAY_CHANGE) == [
         "seed", "data.shuffle_block", "data.mask_documents", "optimizer.lr", "search.probes.steps",
     ]  # fmt: skip

@@ -9,7 +9,7 @@ from typing import TypeVar
 import yaml
 from pydantic import ValidationError
 
-from opmix_dist.config import RunConfig, check_config, to_yaml
+from opmix_dist.config import RunConfig, SearchRunConfig, SharedConfig, check_config
 from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
 from opmix_dist.exchange.schemas import (
@@ -23,6 +23,7 @@ from opmix_dist.exchange.schemas import (
     Summary,
     TrainLine,
 )
+from opmix_dist.settings import check_settings, to_yaml
 
 R = TypeVar("R", bound=Record)
 CURVE_FILE = "curve.jsonl"
@@ -63,6 +64,7 @@ class SearchDir:
         self.proposal_file = path / "proposal.json"
         self.fit_file = path / "fit.json"
         self.candidates_file = path / "candidates.parquet"
+        self.evaluations = path / "evaluations"
 
     def request(self) -> SearchRequest:
         return read_record(self.request_file, SearchRequest)
@@ -131,13 +133,26 @@ class RunDir:
         matches = [(_STEP_FOLDER.match(p.name), p) for p in self.checkpoints.iterdir()]
         return sorted((int(m[1]), p) for m, p in matches if m)
 
-    def write_config(self, config: RunConfig) -> None:
+    def write_config(self, config: SharedConfig) -> None:
         files.write_bytes(self.config_file, to_yaml(config).encode())
 
     def config(self) -> RunConfig:
+        """The configuration of a training run.
+
+        Raises:
+            UserError: there is none, or it is that of a search alone.
+        """
+        found = self.any_config()
+        if not isinstance(found, RunConfig):
+            raise UserError(f"{self.path} is the folder of a search alone: it has no training")
+        return found
+
+    def any_config(self) -> RunConfig | SearchRunConfig:
+        """Of a training run, or of a search alone, which trains nothing."""
         if not self.config_file.is_file():
             raise UserError(f"{self.path} is not a run directory: it has no config.yaml")
-        return check_config(yaml.safe_load(self.config_file.read_text()))
+        data = yaml.safe_load(self.config_file.read_text())
+        return check_config(data) if "train" in data else check_settings(SearchRunConfig, data)
 
     def mixtures(self) -> list[MixtureRecord]:
         """The recorded schedule in order, the last line for each step (a step is decided once)."""

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opmix_dist.config import ProbeConfig
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import CURVE_FILE
 from opmix_dist.models.lora import JointAdapters
 from opmix_dist.models.loss import sample_losses
 from opmix_dist.pool.errors import SearchError
+from opmix_dist.search_config import ProbeConfig
 from opmix_dist.seeds import derive_seed
 
 

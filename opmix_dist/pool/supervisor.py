@@ -19,7 +19,7 @@ from types import FrameType
 
 from torch.distributed import Store
 
-from opmix_dist.config import RunConfig, to_yaml
+from opmix_dist.config import RunConfig
 from opmix_dist.distributed import Placement, Role, has_launcher, launch_store
 from opmix_dist.errors import UserError
 from opmix_dist.exchange.rundir import RunDir
@@ -28,6 +28,7 @@ from opmix_dist.logs import set_up_logging
 from opmix_dist.pool.status import StatusWriter
 from opmix_dist.pool.worker import oldest_open_search
 from opmix_dist.process import die_with_parent
+from opmix_dist.settings import to_yaml
 
 log = logging.getLogger(__name__)
 END_GRACE_S = 5.0

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from opmix_dist.config import to_yaml
 from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.report import charts, page, tables, words
 from opmix_dist.report.page import Html
 from opmix_dist.report.reading import RunView, read_run
 from opmix_dist.report.search_section import search_section
+from opmix_dist.settings import to_yaml
 
 
 def write_report(run: RunDir, *, baseline: RunDir | None = None) -> Path:

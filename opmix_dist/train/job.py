@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from opmix_dist import __version__
-from opmix_dist.config import RunConfig, changed_settings
+from opmix_dist.config import RESUME_MAY_CHANGE, RunConfig
 from opmix_dist.data.build import held_out_samples, open_data, read_options
 from opmix_dist.data.catalogue import Catalogue, tokenizer_fingerprint
 from opmix_dist.data.loader import EvalSet, MixtureLoader
@@ -31,6 +31,7 @@ from opmix_dist.pool.supervisor import Supervisor
 from opmix_dist.process import die_with_parent, lock_run
 from opmix_dist.search.simplex import OLD
 from opmix_dist.seeds import derive_seed
+from opmix_dist.settings import changed_settings
 from opmix_dist.train.callbacks import (
     Callback,
     CheckpointCallback,
@@ -91,12 +92,7 @@ def check_config_against(config: RunConfig, catalogue: Catalogue, placement: Pla
         raise UserError(
             f"a domain cannot be named `{OLD}`: it is the component of what was trained on so far"
         )
-    for name in config.search.proposal.omega or {}:
-        if name not in catalogue.names:
-            raise UserError(f"search.proposal.omega names `{name}`, which is no domain of {catalogue.root}")
-    if config.search.proposal.omega and len(config.search.proposal.omega) < len(catalogue.names):
-        missing = sorted(set(catalogue.names) - set(config.search.proposal.omega))
-        raise UserError(f"search.proposal.omega has no weight for `{missing[0]}`")
+    config.search.check_domains(catalogue.names, str(catalogue.root))
 
 
 def check_tokenizer(config: RunConfig, catalogue: Catalogue) -> None:
@@ -164,7 +160,7 @@ class Job:
             return
         if self.config.resume == "never":
             raise UserError(f"run_dir {self.run.path} holds a run and resume is never: choose another folder")
-        changed = changed_settings(self.run.config(), self.config)
+        changed = changed_settings(self.run.config(), self.config, RESUME_MAY_CHANGE)
         if changed:
             raise UserError(
                 f"run_dir {self.run.path} was started with other settings ({', '.join(changed)}): "

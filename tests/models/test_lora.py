@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from opmix_dist.config import ProbeConfig
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.errors import UserError
 from opmix_dist.models.lora import JointAdapters
 from opmix_dist.models.loss import sample_losses
 from opmix_dist.pool.errors import SearchError
 from opmix_dist.pool.probes import save_probe, train_probes
+from opmix_dist.search_config import ProbeConfig
 from tests.helpers import random_batch, tiny_llama, uneven_batch
 
 NAMES = ["old", "code", "prose"]
@@ -125,6 +125,27 @@ def test_merged_weights_are_the_sum_of_full_deltas_and_are_given_back() -> None:
         torch.testing.assert_close(layer.base.weight, by_hand)
         assert not torch.allclose(layer.base.weight, separate_sums, atol=1e-5)
     assert torch.equal(layer.base.weight, before), name
+
+
+def test_simulation_differentiates_coefficients_and_leaves_adapters_alone() -> None:
+    """dL/du_k of a merged model is <dL/dW, s B_k A_k> summed over the layers: the chain rule by hand."""
+    adapters, _ = train_jointly(NAMES)
+    adapters.model.eval()
+    batch, u = random_batch(5, 4, LENGTH), torch.tensor([0.2, 0.5, 0.3])
+    gates = u[None].clone().requires_grad_()
+    with adapters.simulating(gates):
+        sample_losses(adapters.model, batch).sum().backward()
+    assert all(p.grad is None for p in adapters.model.parameters())
+    with adapters.merged(u):
+        for layer in adapters.layers.values():
+            layer.base.weight.requires_grad_(True)
+        sample_losses(adapters.model, batch).sum().backward()
+    expected = sum(
+        (ALPHA / RANK) * torch.einsum("oi,kor,kri->k", layer.base.weight.grad, layer.B, layer.A)
+        for layer in adapters.layers.values()
+    )
+    assert expected.abs().min() > 1e-2
+    torch.testing.assert_close(gates.grad[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_fresh_adapters_change_nothing_and_can_be_removed() -> None:
