@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,41 +18,50 @@ ORDINARY = 0.9
 
 @dataclass(frozen=True)
 class Band:
-    """Values with the interval that they lie in by the resampled laws, each [M, D], nats per token."""
+    """Values with the interval that they lie in by the resampled laws, each [P, D], nats per token."""
 
     value: np.ndarray
     low: np.ndarray
     high: np.ndarray
 
 
-def predicted_losses(law: Law, resampled: Sequence[Law], U: np.ndarray, *, confidence: float) -> Band:
-    """Losses [M, D] at candidates U [M, K], without the averaging term: what the mixtures themselves give.
+@dataclass(frozen=True)
+class Forecast:
+    """Losses at P mixtures by a law [P, D] and by each law of a bootstrap [B, P, D].
 
-    Args:
-        resampled: laws of a bootstrap, at least 2.
-        confidence: share of them within the interval, as much above as below.
+    Without the averaging term: what the mixtures themselves give.
     """
-    draws = np.stack([one.predict(U, averaging=False) for one in resampled])  # [B, M, D]
-    return _band(law.predict(U, averaging=False), draws, confidence)
 
+    losses: np.ndarray
+    resampled: np.ndarray
 
-def predicted_changes(
-    law: Law, resampled: Sequence[Law], U: np.ndarray, start: np.ndarray, *, confidence: float
-) -> Band:
-    """Losses [M, D] at U [M, K] minus those at ``start`` [K].
+    @classmethod
+    def of(cls, law: Law, resampled: Sequence[Law], U: np.ndarray) -> Forecast:
+        """At coefficients U [P, K]."""
+        draws = [one.predict(U, averaging=False) for one in resampled]
+        return cls(law.predict(U, averaging=False), np.stack(draws))
 
-    Paired: each resampled law is taken at both, so that what shifts both alike drops out. The intervals are
-    therefore narrower than the difference of two of ``predicted_losses`` would make believe.
-    """
-    both = np.vstack([U, start])
-    draws = np.stack([one.predict(both, averaging=False) for one in resampled])
-    value = law.predict(both, averaging=False)
-    return _band(value[:-1] - value[-1], draws[:, :-1] - draws[:, -1:], confidence)
+    def joined(self, values: Callable[[np.ndarray], np.ndarray]) -> Forecast:
+        """The same of something that depends on the losses: ``values`` takes [..., D] to [..., E]."""
+        return Forecast(values(self.losses), values(self.resampled))
+
+    def levels(self, confidence: float) -> Band:
+        """Losses [P, D]; the share ``confidence`` of the resampled laws lies within the interval."""
+        return _band(self.losses, self.resampled, confidence)
+
+    def changes(self, start: int, confidence: float) -> Band:
+        """Losses [P, D] minus those of mixture number ``start``.
+
+        Paired: each resampled law is taken at both, so that what shifts both alike drops out. The intervals
+        are therefore narrower than the difference of two ``levels`` would make believe.
+        """
+        row = slice(start, start + 1)
+        return _band(self.losses - self.losses[row], self.resampled - self.resampled[:, row], confidence)
 
 
 def _band(value: np.ndarray, draws: np.ndarray, confidence: float) -> Band:
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
+        raise ValueError(f"confidence must lie between 0 and 1, not {confidence:g}")
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
     return Band(value, low, high)
 

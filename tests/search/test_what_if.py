@@ -4,25 +4,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opmix_dist.search.laws import LogLinearLaw
-from opmix_dist.search.what_if import (
-    Reach,
-    distance_outside,
-    predicted_changes,
-    predicted_losses,
-    with_shares,
-)
+from opmix_dist.search.what_if import Forecast, Reach, distance_outside, with_shares
 
 
 def test_predictions_are_the_laws_by_hand():
     law = LogLinearLaw(np.log([2.0, 1.0]), np.array([[0.0, np.log(3.0)], [np.log(2.0), 0.0]]))
-    U = np.array([[1.0, 0.0], [0.5, 0.5]])
-    band = predicted_losses(law, [law, law], U, confidence=0.9)
+    forecast = Forecast.of(law, [law, law], np.array([[1.0, 0.0], [0.5, 0.5]]))
+    levels = forecast.levels(0.9)
     # 2 + exp(0), 1 + exp(log 2); then 2 + sqrt(3), 1 + sqrt(2)
-    assert band.value == pytest.approx(np.array([[3.0, 3.0], [2 + 3**0.5, 1 + 2**0.5]]))
-    assert np.array_equal(band.low, band.value)
-    assert np.array_equal(band.high, band.value)
-    changes = predicted_changes(law, [law, law], U[1:], U[0], confidence=0.9)
-    assert changes.value == pytest.approx(np.array([[3**0.5 - 1, 2**0.5 - 2]]))
+    assert levels.value == pytest.approx(np.array([[3.0, 3.0], [2 + 3**0.5, 1 + 2**0.5]]))
+    assert np.array_equal(levels.low, levels.value)
+    assert np.array_equal(levels.high, levels.value)
+    changes = forecast.changes(0, 0.9)
+    assert changes.value == pytest.approx(np.array([[0, 0], [3**0.5 - 1, 2**0.5 - 2]]))
+    means = forecast.joined(lambda losses: losses.mean(axis=-1, keepdims=True)).levels(0.9)
+    assert means.value == pytest.approx(np.array([[3.0], [(3 + 3**0.5 + 2**0.5) / 2]]))
 
 
 def test_intervals_are_quantiles_and_changes_are_paired():
@@ -30,15 +26,15 @@ def test_intervals_are_quantiles_and_changes_are_paired():
     resampled = [
         LogLinearLaw(np.log([1.0 + shift]), np.array([[0.0, 0.5]])) for shift in np.linspace(0, 1, 101)
     ]
-    law, U = resampled[50], np.array([[0.0, 1.0]])
-    band = predicted_losses(law, resampled, U, confidence=0.9)
-    assert band.value[0, 0] - band.low[0, 0] == pytest.approx(0.45)
-    assert band.high[0, 0] - band.value[0, 0] == pytest.approx(0.45)
-    changes = predicted_changes(law, resampled, U, np.array([1.0, 0.0]), confidence=0.9)
+    forecast = Forecast.of(resampled[50], resampled, np.array([[1.0, 0.0], [0.0, 1.0]]))
+    levels = forecast.levels(0.9)
+    assert levels.value - levels.low == pytest.approx(np.full((2, 1), 0.45))
+    assert levels.high - levels.value == pytest.approx(np.full((2, 1), 0.45))
+    changes = forecast.changes(0, 0.9)
     for value in (changes.value, changes.low, changes.high):
-        assert value[0, 0] == pytest.approx(np.exp(0.5) - 1)
+        assert value == pytest.approx(np.array([[0.0], [np.exp(0.5) - 1]]))
     with pytest.raises(ValueError, match="confidence must lie between 0 and 1, not 90"):
-        predicted_losses(law, resampled, U, confidence=90)
+        forecast.levels(90)
 
 
 def test_the_others_keep_their_proportions():
