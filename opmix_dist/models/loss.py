@@ -101,3 +101,22 @@ def losses_by_domain(
     residuals = by_domain((sums - loss[..., domain_ids] * targets) ** 2)
     stderr = np.sqrt(residuals * counts / np.maximum(counts - 1, 1)) / np.maximum(totals, 1)
     return DomainLosses(loss, stderr, totals)
+
+
+def paired_stderr(
+    first: tuple[np.ndarray, np.ndarray],
+    second: tuple[np.ndarray, np.ndarray],
+    targets: np.ndarray,
+    domain_ids: np.ndarray,
+) -> float:
+    """Standard error of f(first) - f(second), where f is a function of the domains' losses and both models
+    were measured on the same samples.
+
+    Each comes as its samples' sums [N] and the slope df / dL [D] at its losses. To first order in the noise,
+    sample j of domain i moves the difference by its residual in the ratio of sums
+    (a_i s_j - b_i s'_j) / n_j, with the slopes a and b; samples that both models find hard cancel. Domains
+    have samples of their own, so their variances add (Cochran, as in :func:`losses_by_domain`).
+    """
+    (sums, slopes), (other_sums, other_slopes) = first, second
+    difference = slopes[domain_ids] * sums - other_slopes[domain_ids] * other_sums
+    return float(np.sqrt((losses_by_domain(difference, targets, domain_ids, len(slopes)).stderr ** 2).sum()))

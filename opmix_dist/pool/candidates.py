@@ -26,10 +26,12 @@ Method = Literal["lowrank", "merge"]
 @dataclass(frozen=True)
 class SimulatedGradients:
     """losses: of M candidates over D domains; gradients: dL_i / du_k [M, D, C] float64, in nats per token and
-    unit of u_k, of losses as functions of all of R^C: not projected onto the simplex."""
+    unit of u_k, of losses as functions of all of R^C: not projected onto the simplex; sums: of the losses of
+    each sample's targets [M, N] float64, nats."""
 
     losses: DomainLosses
     gradients: np.ndarray
+    sums: np.ndarray
 
 
 def cheaper_method(flops: FlopCounts, num_adapters: int, tokens: int) -> Method:
@@ -42,7 +44,6 @@ def cheaper_method(flops: FlopCounts, num_adapters: int, tokens: int) -> Method:
     return "merge" if num_adapters * flops.merge_per_adapter < extra_lowrank else "lowrank"
 
 
-@torch.no_grad()
 def evaluate_candidates(
     adapters: JointAdapters,
     coefficients: np.ndarray,
@@ -55,11 +56,40 @@ def evaluate_candidates(
     joint: int = 1,
     on_progress: Callable[[], None] = lambda: None,
 ) -> DomainLosses:
-    """Losses [M, D] of the simulated models W(u_m) for every row u_m of ``coefficients``.
+    """Losses [M, D] of the simulated models; arguments as of :func:`simulate_sums`.
+
+    Args:
+        domain_ids: domain of each of the N held-out samples [N].
+    """
+    sums = simulate_sums(
+        adapters,
+        coefficients,
+        heldout,
+        method=method,
+        batch_size=batch_size,
+        joint=joint,
+        on_progress=on_progress,
+    )
+    return losses_by_domain(sums, heldout.targets.numpy(), domain_ids.numpy(), num_domains)
+
+
+@torch.no_grad()
+def simulate_sums(
+    adapters: JointAdapters,
+    coefficients: np.ndarray,
+    heldout: TokenBatch,
+    *,
+    method: Method,
+    batch_size: int,
+    joint: int = 1,
+    on_progress: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """Loss of each held-out sample, summed over its targets [M, N] float64, of the simulated models W(u_m) for
+    every row u_m of ``coefficients``.
 
     Args:
         coefficients: U [M, C]; a row of zeros is the base itself.
-        heldout, domain_ids: N held-out samples and the domain of each [N].
+        heldout: N samples.
         method: ``lowrank`` adds gated low-rank terms for ``joint`` candidates in one pass; ``merge`` merges
             the full deltas of one candidate after the other, in memory.
         batch_size: samples per forward pass and candidate.
@@ -67,8 +97,7 @@ def evaluate_candidates(
     adapters.model.eval()
     U = torch.as_tensor(coefficients, dtype=torch.float64)
     run = _lowrank if method == "lowrank" else _merged
-    sums = run(adapters, U, heldout, batch_size, joint, on_progress)  # [M, N]
-    return losses_by_domain(sums.numpy(), heldout.targets.numpy(), domain_ids.numpy(), num_domains)
+    return run(adapters, U, heldout, batch_size, joint, on_progress).numpy()
 
 
 def _merged(
@@ -145,7 +174,7 @@ def simulate_with_gradients(
     losses = losses_by_domain(sums.numpy(), heldout.targets.numpy(), domain_ids.numpy(), num_domains)
     gradients = np.zeros((len(U), num_domains, U.shape[1]))
     np.add.at(gradients.swapaxes(0, 1), domain_ids.numpy(), slopes.numpy().swapaxes(0, 1))
-    return SimulatedGradients(losses, gradients / np.maximum(losses.targets, 1)[:, None])
+    return SimulatedGradients(losses, gradients / np.maximum(losses.targets, 1)[:, None], sums.numpy())
 
 
 def _differentiated(adapters: JointAdapters, u: Tensor, part: TokenBatch) -> tuple[Tensor, Tensor]:
