@@ -42,6 +42,7 @@ from opmix_dist.pool.errors import SearchError
 from opmix_dist.pool.probes import save_probe, train_probes
 from opmix_dist.pool.status import StatusWriter
 from opmix_dist.search.laws import LawFit, LogLinearLaw, Observations, fit_law
+from opmix_dist.search.problem import Problem
 from opmix_dist.search.proposal import Proposal as Solution
 from opmix_dist.search.proposal import propose
 from opmix_dist.search.simplex import OLD, sample_candidates
@@ -324,12 +325,16 @@ class _Search:
         omega = settings.proposal.omega
         self.solution: Solution = propose(
             self.fit.law,
-            np.array(request.composition),
-            prior=np.array([request.prior[d] for d in request.domains]),
-            kl=settings.proposal.kl,
-            omega=None if omega is None else np.array([omega[d] for d in request.domains]),
-            caps=None if request.caps is None else np.array(request.caps),
-            expansion=settings.proposal.expansion,
+            Problem(
+                np.array(request.composition),
+                prior=np.array([request.prior[d] for d in request.domains]),
+                kl=settings.proposal.kl,
+                omega=None if omega is None else np.array([omega[d] for d in request.domains]),
+                caps=None if request.caps is None else np.array(request.caps),
+                expansion=settings.proposal.expansion,
+                domains=request.domains,
+                losses=request.domains,
+            ),
         )
 
     def _write(self, losses: DomainLosses, base: DomainLosses, landed: DomainLosses) -> None:

@@ -21,7 +21,8 @@ class Observations:
     gradients: dL_i / du_k [M, D, K], nan in the rows of candidates whose gradient was not taken; None: of
         none. Only their differences between components matter, as u stays on the simplex.
     composition: C [K, X], the data mixture of each component, rows sum to 1. None: components are domains.
-    names: of the D losses; components: of the K components. For messages, and to find a loss's own domain.
+    names: of the D losses; components: of the K components; domains: of the X domains of the composition,
+        None: components are domains. For messages, and to find a loss's own domain by its name.
     """
 
     candidates: np.ndarray
@@ -31,6 +32,7 @@ class Observations:
     composition: np.ndarray | None = None
     names: Sequence[str] = ()
     components: Sequence[str] = ()
+    domains: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """Float64 throughout; ValueError that names the row and the loss, where something is not as above."""
@@ -67,11 +69,32 @@ class Observations:
             if composition.ndim != 2 or len(composition) != components:
                 raise ValueError(f"the composition must be [{components}, X], not {composition.shape}")
             set_field(self, "composition", require_simplex(composition, "each row of the composition"))
+        if self.domains and len(self.domains) != self.mixtures.shape[1]:
+            raise ValueError(
+                f"mixtures have {self.mixtures.shape[1]} columns, but {len(self.domains)} are named"
+            )
 
     @property
     def mixtures(self) -> np.ndarray:
         """X [M, X] = U C: what each candidate stands for."""
         return self.candidates if self.composition is None else self.candidates @ self.composition
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Of each loss in a fit [M, D], with mean 1 for each of the D losses: 1 / stderr^2.
+
+        A standard error counts as half of the median at least. No law is exact, so below some error it is the
+        law that decides how well a point can be met, and a point that claims more must not decide alone: none
+        weighs more than four times a typical one, nor does an error of 0 divide by 0.
+        """
+        if self.stderr is None:
+            return np.ones_like(self.losses)
+        least = np.median(self.stderr, axis=0) / 2
+        positive = np.where(self.stderr > 0, self.stderr, np.inf).min(axis=0)
+        least = np.where(least > 0, least, np.where(np.isfinite(positive), positive / 2, 1.0))
+        precision = np.maximum(self.stderr, least) ** -2
+        weights: np.ndarray = precision / precision.mean(axis=0)
+        return weights
 
     def take(self, rows: np.ndarray | Sequence[int]) -> Observations:
         """Some of the candidates, by number or by mask."""
@@ -88,6 +111,7 @@ class Observations:
             self.composition,
             self.names,
             self.components,
+            self.domains,
         )
 
     def with_losses(self, losses: np.ndarray) -> Observations:
@@ -100,6 +124,7 @@ class Observations:
             self.composition,
             self.names,
             self.components,
+            self.domains,
         )
 
 
@@ -133,7 +158,7 @@ class Law(Protocol):
 class ConvexLaw(Law, Protocol):
     """A law that is convex in u and can say so to cvxpy, without its averaging term."""
 
-    def expression(self, u: cp.Variable) -> cp.Expression:
+    def expression(self, u: cp.Expression) -> cp.Expression:
         """The D losses as one convex cvxpy expression."""
         ...
 
@@ -175,6 +200,8 @@ class Family(Protocol):
     """How a family fits. Instances hold settings; ``FAMILIES`` in ``laws/__init__.py`` names them."""
 
     name: str
+    most_folds: int
+    """Up to so many candidates each is left out by itself, as refits are cheap; above, in ten folds."""
 
     def fit(self, observations: Observations, *, seed: int) -> tuple[Law, tuple[str, ...]]:
         """The law, and warnings for the user."""
