@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import minimize
 
-from opmix_dist.search.feasibility import InfeasibleError, corners, share_bounds
+from opmix_dist.search.feasibility import InfeasibleError, corners, drawn_in, share_bounds
 from opmix_dist.search.laws import Law
 from opmix_dist.search.problem import TOLERANCE, Problem
 
@@ -76,12 +76,17 @@ def _infeasible(closest: np.ndarray, failures: list[str]) -> InfeasibleError:
 
 
 def _points(problem: Problem, seed: int) -> np.ndarray:
-    """U [N, K] that caps and floors allow: the corners, half spread evenly, half near few corners."""
+    """U [N, K] that caps and floors allow: corners, mixtures of corners, and points of the simplex, half of
+    them spread evenly and half near few components, drawn in towards the middle until they are allowed."""
     rng = np.random.default_rng([seed, 0])
-    hull = corners(problem, 2 * len(problem.usable), rng)
-    spread = rng.dirichlet(np.ones(len(hull)), size=POINTS // 2)
-    few = rng.dirichlet(np.full(len(hull), 1 / len(hull)), size=POINTS // 2)
-    return np.vstack([hull, np.vstack([spread, few]) @ hull])
+    hull = corners(problem, len(problem.usable), rng)
+    between = rng.dirichlet(np.ones(len(hull)), size=POINTS // 4) @ hull
+    count = int(problem.usable.sum())
+    even = rng.dirichlet(np.ones(count), size=3 * POINTS // 8)
+    few = rng.dirichlet(np.full(count, 1 / count), size=3 * POINTS // 8)
+    drawn = np.zeros((len(even) + len(few), len(problem.usable)))
+    drawn[:, problem.usable] = np.vstack([even, few])
+    return np.vstack([hull, between, drawn_in(problem, drawn, hull.mean(axis=0))])
 
 
 def _best(law: Law, problem: Problem, points: np.ndarray) -> np.ndarray:

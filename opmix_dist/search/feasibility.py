@@ -75,7 +75,7 @@ def share_bounds(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
 
 
 def corners(problem: Problem, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Points U [V, K] of which mixtures cover what caps and floors leave of the simplex.
+    """Points U [V, K] around what caps and floors leave of the simplex.
 
     Without bounds the corners of the simplex; else the corners of the polytope that lie furthest in the
     direction of each component, away from it, and in ``count`` random directions.
@@ -92,6 +92,15 @@ def corners(problem: Problem, count: int, rng: np.random.Generator) -> np.ndarra
     full = np.zeros((len(points), len(problem.usable)))
     full[:, usable] = np.clip(points, 0, None)
     return full / full.sum(axis=1, keepdims=True)
+
+
+def drawn_in(problem: Problem, points: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """Points U [N, K] moved towards an allowed centre [K], each no further than caps and floors ask."""
+    rows, limits = share_bounds(problem)
+    room = np.maximum(limits - rows @ centre[problem.usable], 0)  # [B]
+    taken = (points - centre)[:, problem.usable] @ rows.T  # [N, B]
+    far = np.divide(room, taken, out=np.ones_like(taken), where=taken > room)
+    return centre + far.min(axis=1, initial=1.0)[:, None] * (points - centre)
 
 
 def _furthest(direction: np.ndarray, rows: np.ndarray, limits: np.ndarray) -> np.ndarray:
