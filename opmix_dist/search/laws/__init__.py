@@ -44,6 +44,6 @@ def fit_law(
     """
     if family not in FAMILIES:
         raise ValueError(f"no family of laws is named {family}: there are {', '.join(FAMILIES)}")
-    chosen = LogLinear(huber_delta, num_starts)
+    chosen = LogLinear(huber_delta, num_starts, averaging)
     law, warnings = chosen.fit(observations, seed=seed)
     return with_quality(chosen, observations, law, warnings, seed=seed)

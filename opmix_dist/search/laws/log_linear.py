@@ -10,68 +10,57 @@ import numpy as np
 
 from opmix_dist.search.laws import robust
 from opmix_dist.search.laws.base import Law, Observations
+from opmix_dist.search.laws.basis import NARROW_RIDGE, Basis
 
 # Weight per point of the ridge on (curvature, slopes) where the data do not determine a law. In these
 # coordinates a slope is the change of loss for one standard deviation of u: it is biased by one millionth.
 RIDGE = 1e-6
 # exp(t . u) that differs more than e^10-fold between components is noise that was fitted, not a law.
 STEEP = 10.0
+# A floor exp(c) below this part of the smallest loss might as well be 0: the law is a pure exponential.
+FLOORLESS = 1e-3
+# Distinct candidates, for each coefficient, from which the averaging term is fitted. It bends the law along
+# the simplex much as exp does: with fewer candidates the two only share the noise.
+AVERAGING_POINTS = 1.5
 
 
 @dataclass(frozen=True)
 class LogLinearLaw:
-    """L_i(u) = exp(c_i) + exp(t_i . u), nats per token (OP-Mix, arXiv 2605.15220; the form of Data Mixing
-    Laws, arXiv 2403.16952).
+    """L_i(u) = exp(c_i) + exp(t_i . u) + b_i (1 - sum_k u_k^2), nats per token (OP-Mix, arXiv 2605.15220; the
+    form of Data Mixing Laws, arXiv 2403.16952).
 
-    log_c: c [D]; t: [D, K].
+    The last term is about averaging and not in the paper: it is 0 at a single probe and grows with 1 - 1 / n
+    for the effective number n = 1 / sum u^2 of probes that u mixes.
+
+    log_c: c [D]; t: [D, K]; averaging: b [D], None: no such term.
     """
 
     log_c: np.ndarray
     t: np.ndarray
+    averaging: np.ndarray | None = None
 
     def predict(self, candidates: np.ndarray, *, averaging: bool = True) -> np.ndarray:
         """Losses [M, D] at candidates U [M, K]."""
-        return np.exp(self.log_c) + np.exp(candidates @ self.t.T)
+        losses = np.exp(self.log_c) + np.exp(candidates @ self.t.T)
+        if averaging and self.averaging is not None:
+            losses = losses + np.outer(_mixedness(candidates), self.averaging)
+        return losses
 
     def gradient(self, u: np.ndarray, *, averaging: bool = True) -> np.ndarray:
         """dL_i / du_k [D, K] at one u [K]."""
-        return np.exp(self.t @ u)[:, None] * self.t
+        slopes = np.exp(self.t @ u)[:, None] * self.t
+        if averaging and self.averaging is not None:
+            slopes = slopes - 2 * np.outer(self.averaging, u)
+        return slopes
 
     def expression(self, u: cp.Variable) -> cp.Expression:
-        """The D losses at a cvxpy variable u [K]: convex, as sums of exponentials are."""
+        """The D losses at a variable u [K], without the averaging term: sums of exponentials, convex."""
         return np.exp(self.log_c) + cp.exp(self.t @ u)
 
 
-@dataclass(frozen=True)
-class _Basis:
-    """Whitened coordinates z = (u - centre) @ scale of the directions in which the candidates differ.
-
-    centre: [K]; scale: [K, r]. The rows of U sum to 1, so r is at most K - 1: the overall shift of t lies
-    outside and becomes the law's amplitude. Directions that no candidate visits get no slope.
-    """
-
-    centre: np.ndarray
-    scale: np.ndarray
-
-    @classmethod
-    def of(cls, candidates: np.ndarray) -> _Basis:
-        centre = candidates.mean(axis=0)
-        _, spread, directions = np.linalg.svd(candidates - centre, full_matrices=False)
-        kept = spread > 1e-9
-        return cls(centre, directions[kept].T * (np.sqrt(len(candidates)) / spread[kept]))
-
-    def project(self, candidates: np.ndarray) -> np.ndarray:
-        return (candidates - self.centre) @ self.scale
-
-    def law(self, theta: np.ndarray) -> LogLinearLaw:
-        log_c, log_amplitude, exponents = robust.decode(theta)
-        t = exponents @ self.scale.T  # [D, K]
-        return LogLinearLaw(log_c, t + (log_amplitude - t @ self.centre)[:, None])
-
-    def theta(self, law: LogLinearLaw) -> np.ndarray:
-        """[D, 2 + r] of a law; inverse of ``law`` where that law has no slopes outside of the basis."""
-        exponents = law.t @ np.linalg.pinv(self.scale).T
-        return robust.encode(np.exp(law.log_c), law.t @ self.centre, exponents)
+def _mixedness(candidates: np.ndarray) -> np.ndarray:
+    """1 - sum u^2 [M]."""
+    return 1 - (candidates**2).sum(axis=1)
 
 
 @dataclass(frozen=True)
@@ -83,68 +72,154 @@ class LogLinear:
     Data Mixing Laws, arXiv 2403.16952; threshold 0.02). Each start draws exp(c) below the smallest loss and
     perturbs the slopes of the regression of log(loss - exp(c)).
 
-    Where candidates are fewer than coefficients, or losses constant, the answer is the flattest law that
-    fits (ridge), with a warning.
+    Standard errors weigh the candidates. Measured gradients add a residual for each direction on the simplex,
+    in units of z (``Basis``): the error of the loss one standard deviation of the candidates, or of a uniform
+    draw, away. That is of the size and kind of a loss's own residual, which is why it has the same weight.
+
+    Where observations do not determine a law, or losses are constant, the answer is the flattest law that
+    fits (a ridge, see RIDGE), and slopes along directions that the candidates hardly visit are drawn towards
+    0 (NARROW_RIDGE); each with a warning.
 
     huber_delta: residual, in nats, from which the penalty grows linearly; num_starts: starts per domain, the
-    best of them is the answer.
+    best of them is the answer; averaging: whether the law has its averaging term; gradient_weight: of the
+    residual of one direction's slope beside that of the loss.
     """
 
     huber_delta: float = 0.02
     num_starts: int = 64
+    averaging: bool = False
+    gradient_weight: float = 1.0
     name = "log_linear"
+    most_folds = 64
 
     def __post_init__(self) -> None:
-        if not self.huber_delta > 0 or self.num_starts < 1:
+        if not self.huber_delta > 0 or self.num_starts < 1 or not self.gradient_weight >= 0:
             raise ValueError(
-                f"need huber_delta > 0 and num_starts >= 1, got {self.huber_delta} and {self.num_starts}"
+                f"need huber_delta > 0, num_starts >= 1 and gradient_weight >= 0, got {self.huber_delta}, "
+                f"{self.num_starts} and {self.gradient_weight}"
             )
 
     def fit(self, observations: Observations, *, seed: int) -> tuple[Law, tuple[str, ...]]:
         """The law, and warnings for the user."""
-        candidates, target = observations.candidates, observations.losses.T
-        basis = _Basis.of(candidates)
-        z = basis.project(candidates)  # [M, r]
-        constant = np.ptp(target, axis=1) <= 1e-9 * target.mean(axis=1)
-        too_few = _too_few(candidates, basis)
-        ridge = np.where(constant | too_few, RIDGE * len(z), 0.0)
-        problems = robust.HuberProblems(z, target, np.ones_like(target), ridge, self.huber_delta)
+        design = _Design(observations, self.averaging and _can_average(observations))
+        everything = np.ones((1, len(observations.candidates)))
+        problems = design.problems(self, observations.losses[None], everything)
         theta, converged = _best_of_starts(problems, self.num_starts, seed)
-        law = basis.law(theta)
-        warnings = _warnings(observations.names, law, len(candidates), too_few, constant, converged)
+        law = design.law(theta)
+        warnings = [
+            *_design_warnings(design, asked_for_averaging=self.averaging),
+            *_law_warnings(observations, law, converged),
+        ]
         return law, tuple(warnings)
 
     def fit_many(
         self, observations: Observations, losses: np.ndarray, weights: np.ndarray, law: Law, *, seed: int
     ) -> Sequence[Law]:
-        """Refits near ``law``; losses [R, M, D], weights [R, M]."""
+        """Refits near ``law``, all at once; losses [R, M, D], weights [R, M]."""
         assert isinstance(law, LogLinearLaw)
-        refits, points, num_domains = losses.shape
-        basis = _Basis.of(observations.candidates)
-        short = [_too_few(observations.candidates[row > 0], basis) for row in weights]
-        problems = robust.HuberProblems(
-            basis.project(observations.candidates),
-            losses.transpose(0, 2, 1).reshape(refits * num_domains, points),
-            np.repeat(weights, num_domains, axis=0),
-            RIDGE * points * np.repeat(np.array(short, dtype=np.float64), num_domains),
-            self.huber_delta,
+        design = _Design(observations, law.averaging is not None)
+        problems = design.problems(self, losses, weights)
+        theta, _ = robust.minimise(problems, np.tile(design.theta(law), (len(losses), 1)))
+        return [design.law(part) for part in theta.reshape(len(losses), len(law.t), -1)]
+
+
+class _Design:
+    """Observations in the coordinates of the solver, with or without the averaging term.
+
+    sloped: candidates whose gradient was measured [M] bool.
+    """
+
+    def __init__(self, observations: Observations, averaging: bool) -> None:
+        self.observations = observations
+        candidates, gradients = observations.candidates, observations.gradients
+        points, components = candidates.shape
+        self.sloped = (
+            np.zeros(points, dtype=bool) if gradients is None else np.isfinite(gradients).all(axis=(1, 2))
         )
-        theta, _ = robust.minimise(problems, np.tile(basis.theta(law), (refits, 1)))
-        return [basis.law(part) for part in theta.reshape(refits, num_domains, -1)]
+        self.basis = Basis.of(candidates, complete=bool(self.sloped.any()))
+        self.z = self.basis.project(candidates)
+        self.feature = _mixedness(candidates) if averaging else None
+        self.coefficients = components + 1 + averaging
+
+    def determined(self, used: np.ndarray) -> bool:
+        """Whether the candidates used [M] bool are enough to determine all coefficients."""
+        components = self.observations.candidates.shape[1]
+        sloped = self.sloped & used
+        distinct = len(np.unique(self.observations.candidates[used], axis=0))
+        equations = distinct + (components - 1) * int(sloped.sum())
+        if equations < self.coefficients:
+            return False
+        if sloped.any():
+            return True
+        columns = [np.ones(len(self.z)), self.z, *([] if self.feature is None else [self.feature])]
+        # exp(c) and the amplitude share the column of ones.
+        return bool(np.linalg.matrix_rank(np.column_stack(columns)[used]) == self.coefficients - 1)
+
+    def problems(self, settings: LogLinear, losses: np.ndarray, weights: np.ndarray) -> robust.HuberProblems:
+        """R x D regressions, the D of each refit together; losses [R, M, D], weights [R, M]."""
+        refits, points, num_domains = losses.shape
+        target = losses.transpose(0, 2, 1).reshape(refits * num_domains, points)
+        weight = np.repeat(weights, num_domains, axis=0) * np.tile(self.observations.weights.T, (refits, 1))
+        loose = np.array([not self.determined(row > 0) for row in weights])
+        flat = np.repeat(loose, num_domains) | _constant(target)
+        ridge = np.zeros((len(target), 1 + self.basis.rank + (self.feature is not None)))
+        ridge[:, 1 : 1 + self.basis.rank] = NARROW_RIDGE * points * self._narrow
+        ridge[flat] = np.maximum(ridge[flat], RIDGE * points)
+        slopes = self._slopes(settings.gradient_weight * weight, refits) if self.sloped.any() else None
+        return robust.HuberProblems(self.z, target, weight, ridge, settings.huber_delta, self.feature, slopes)
+
+    @property
+    def _narrow(self) -> np.ndarray:
+        """Directions [r] bool that nothing tells of but candidates that hardly visit them."""
+        return self.basis.narrow & ~self.sloped.any()
+
+    def narrow(self) -> list[str]:
+        """Those directions in words."""
+        return [] if self.sloped.any() else list(self.basis.describe_narrow(self.observations.components))
+
+    def _slopes(self, weight: np.ndarray, refits: int) -> robust.Slopes:
+        gradients = self.observations.gradients
+        assert gradients is not None
+        measured = gradients[self.sloped].swapaxes(0, 1) @ self.basis.unscale.T  # [D, G, r]
+        feature = None
+        if self.feature is not None:
+            feature = -2 * self.observations.candidates[self.sloped] @ self.basis.unscale.T
+        target = np.tile(measured, (refits, 1, 1))
+        rows = np.flatnonzero(self.sloped)
+        return robust.Slopes(rows, self.z[rows], target, weight[:, rows], feature)
+
+    def law(self, theta: np.ndarray) -> LogLinearLaw:
+        log_c, log_amplitude, exponents = robust.decode(theta, self.basis.rank)
+        t = exponents @ self.basis.scale.T  # [D, K]
+        averaging = None if self.feature is None else theta[:, -1].copy()
+        return LogLinearLaw(log_c, t + (log_amplitude - t @ self.basis.centre)[:, None], averaging)
+
+    def theta(self, law: LogLinearLaw) -> np.ndarray:
+        """Inverse of ``law`` where that law has no slopes outside of the basis."""
+        exponents = law.t @ self.basis.unscale.T
+        theta = robust.encode(np.exp(law.log_c), law.t @ self.basis.centre, exponents)
+        return theta if law.averaging is None else np.column_stack([theta, law.averaging])
 
 
-def _too_few(candidates: np.ndarray, basis: _Basis) -> bool:
-    """Whether candidates [M, K] do not determine the K + 1 coefficients of a law."""
-    components = candidates.shape[1]
-    return len(np.unique(candidates, axis=0)) < components + 1 or basis.scale.shape[1] < components - 1
+def _constant(target: np.ndarray) -> np.ndarray:
+    """Rows of [P, M] that are the same at every point, but for rounding [P] bool."""
+    return np.ptp(target, axis=1) <= 1e-9 * target.mean(axis=1)
+
+
+def _can_average(observations: Observations) -> bool:
+    """Whether an averaging term can be told from the rest of the law."""
+    design = _Design(observations, averaging=True)
+    distinct = len(np.unique(observations.candidates, axis=0))
+    enough = distinct >= AVERAGING_POINTS * design.coefficients
+    return enough and design.determined(np.ones(len(observations.candidates), dtype=bool))
 
 
 def _best_of_starts(
     problems: robust.HuberProblems, num_starts: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """theta [D, 2 + r] of the lowest objective per domain, and whether it had converged [D]."""
+    """theta [D, parameters] of the lowest objective per domain, and whether it had converged [D]."""
     num_domains = len(problems.target)
-    starts = _starts(problems, num_starts, np.random.default_rng(seed))  # [S, D, 2 + r]
+    starts = _starts(problems, num_starts, np.random.default_rng(seed))  # [S, D, parameters]
     repeated = problems.take(np.tile(np.arange(num_domains), num_starts))
     theta, converged = robust.minimise(repeated, starts.reshape(num_starts * num_domains, -1))
     objective = repeated.objective(theta).reshape(num_starts, num_domains)
@@ -153,36 +228,61 @@ def _best_of_starts(
 
 
 def _starts(problems: robust.HuberProblems, num_starts: int, rng: np.random.Generator) -> np.ndarray:
-    """Starts [S, D, 2 + r]; a domain's do not depend on the other domains, the first has exact slopes."""
+    """Starts [S, D, parameters]; a domain's do not depend on the others, the first has exact slopes."""
     target, z = problems.target, problems.z
+    num_domains, rank = len(target), z.shape[1]
     share = (np.arange(num_starts) + rng.uniform(0.05, 0.95, num_starts)) / num_starts
-    noise = 1 + 0.5 * rng.standard_normal((num_starts, 1, z.shape[1]))
+    noise = 1 + 0.5 * rng.standard_normal((num_starts, 1, rank))
     noise[0] = 1
     constant = share[:, None] * target.min(axis=1)  # [S, D]
+    inputs = np.column_stack([np.ones(len(z)), z])
     logs = np.log(target - constant[..., None])  # [S, D, M]
-    slopes = logs @ z / len(z) * noise  # z^T z = M: this is the least-squares regression
-    flat = slopes.reshape(num_starts * len(target), -1)
-    theta = robust.encode(constant.ravel(), logs.mean(axis=2).ravel(), flat)
-    return theta.reshape(num_starts, len(target), -1)
+    if problems.slopes is not None:  # d loss / (loss - exp(c)) is the slope of the logarithm
+        measured, rows = problems.slopes.target, problems.slopes.rows
+        lines = np.column_stack([np.zeros(rank), np.eye(rank)])
+        inputs = np.vstack([inputs, np.tile(lines, (measured.shape[1], 1))])
+        relative = measured / (target[:, rows] - constant[..., None])[..., None]  # [S, D, G, r]
+        logs = np.concatenate([logs, relative.reshape(num_starts, num_domains, -1)], axis=2)
+    line = (logs @ np.linalg.pinv(inputs).T).reshape(num_starts * num_domains, 1 + rank)
+    line[:, 1:] *= np.repeat(noise[:, 0], num_domains, axis=0)
+    theta = robust.encode(constant.ravel(), line[:, 0], line[:, 1:])
+    if problems.feature is not None:
+        theta = np.column_stack([theta, np.zeros(len(theta))])
+    return theta.reshape(num_starts, num_domains, -1)
 
 
-def _warnings(
-    names: Sequence[str],
-    law: LogLinearLaw,
-    points: int,
-    too_few: bool,
-    constant: np.ndarray,
-    converged: np.ndarray,
-) -> Iterator[str]:
-    if too_few:
+def _design_warnings(design: _Design, *, asked_for_averaging: bool) -> Iterator[str]:
+    points, components = design.observations.candidates.shape
+    if asked_for_averaging and design.feature is None:
+        needed = int(np.ceil(AVERAGING_POINTS * (components + 2)))
         yield (
-            f"{points} candidates do not determine laws of {law.t.shape[1] + 1} coefficients: "
+            f"{points} candidates do not tell averaging from the mixture, so the laws have no averaging "
+            f"term: use {needed} or more that differ in how many components they mix"
+        )
+    if not design.determined(np.ones(points, dtype=bool)):
+        yield (
+            f"{points} candidates do not determine laws of {design.coefficients} coefficients: "
             "the flattest laws that fit were taken; use more distinct candidates"
         )
-    for i, name in enumerate(names):
+    narrow = design.narrow()
+    if narrow:
+        yield (
+            f"the candidates hardly vary in {'; '.join(narrow)}: slopes there were drawn towards 0; add "
+            "candidates with more and with less of these components"
+        )
+
+
+def _law_warnings(observations: Observations, law: LogLinearLaw, converged: np.ndarray) -> Iterator[str]:
+    constant = _constant(observations.losses.T)
+    smallest = observations.losses.min(axis=0)
+    for i, name in enumerate(observations.names):
         if constant[i]:
             yield f"{name}: its loss is the same for every candidate, so its law is flat"
         if not converged[i]:
             yield f"{name}: the fit of its law did not converge in {robust.MAX_ITERATIONS} iterations"
         if np.ptp(law.t[i]) > STEEP:
             yield f"{name}: its law is too steep to trust away from the candidates; use more candidates"
+    bare = (np.exp(law.log_c) < FLOORLESS * smallest) & ~constant
+    if bare.any():
+        names = ", ".join(name for name, is_bare in zip(observations.names, bare, strict=True) if is_bare)
+        yield f"{names}: no floor was found, so the law extrapolates as a pure exponential: take care far out"

@@ -7,6 +7,8 @@ from scipy.stats import rankdata
 
 from opmix_dist.search.laws.base import Family, Law, LawFit, Observations
 
+FOLDS = 10
+
 
 def with_quality(
     family: Family, observations: Observations, law: Law, warnings: tuple[str, ...], *, seed: int
@@ -34,14 +36,26 @@ def with_quality(
 
 
 def predict_left_out(family: Family, observations: Observations, law: Law, *, seed: int) -> np.ndarray:
-    """Each candidate's losses [M, D] as predicted by a law of all others."""
+    """Each candidate's losses [M, D] as predicted by a law of others; nan for a single candidate."""
     points = len(observations.candidates)
     if points < 2:
         return np.full_like(observations.losses, np.nan)
-    losses = np.broadcast_to(observations.losses, (points, *observations.losses.shape))
-    laws = family.fit_many(observations, losses, 1 - np.eye(points), law, seed=seed)
-    rows = [law.predict(u[None])[0] for law, u in zip(laws, observations.candidates, strict=True)]
-    return np.array(rows)
+    folds = draw_folds(points, points if points <= family.most_folds else FOLDS, seed=seed)
+    weights = np.ones((len(folds), points))
+    for row, fold in zip(weights, folds, strict=True):
+        row[fold] = 0.0
+    losses = np.broadcast_to(observations.losses, (len(folds), *observations.losses.shape))
+    left_out = np.empty_like(observations.losses)
+    for fold, other in zip(
+        folds, family.fit_many(observations, losses, weights, law, seed=seed), strict=True
+    ):
+        left_out[fold] = other.predict(observations.candidates[fold])
+    return left_out
+
+
+def draw_folds(points: int, count: int, *, seed: int) -> list[np.ndarray]:
+    """Numbers of the points in ``count`` parts of equal size, but for one point, drawn at random."""
+    return np.array_split(np.random.default_rng([seed, points]).permutation(points), min(count, points))
 
 
 def _slope(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
