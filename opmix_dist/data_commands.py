@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 from opmix_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from opmix_dist.config import DataConfig
     from opmix_dist.data.catalogue import Catalogue
     from opmix_dist.data.store import ShardStore
@@ -114,6 +112,7 @@ def _ls(arguments: argparse.Namespace, rest: list[str]) -> None:
     from opmix_dist.data.overview import overview
     from opmix_dist.report.data_tables import overview_lines, overview_rows, overview_table
     from opmix_dist.report.run_data import read_run_data
+    from opmix_dist.terminal import open_console, say
 
     place = _place(arguments)
     catalogue = place.open()
@@ -123,19 +122,20 @@ def _ls(arguments: argparse.Namespace, rest: list[str]) -> None:
         for row in overview_rows(catalogue, domains, run):
             print(json.dumps(row))
         return
-    console = _console()
+    console = open_console()
     console.print(overview_table(domains, run))
     for line in overview_lines(catalogue, run):
-        _say(console, line)
+        say(console, line)
 
 
 def _inspect(arguments: argparse.Namespace, rest: list[str]) -> None:
     from opmix_dist.data.excerpt import choose, excerpt, leaving_no_trace
     from opmix_dist.report.data_tables import excerpt_legend, excerpt_text
+    from opmix_dist.terminal import open_console
 
     if arguments.count < 1 or arguments.seed < 0:
         raise UserError(f"--count {arguments.count} --seed {arguments.seed}: give at least 1 and 0")
-    console = _console()
+    console = open_console()
     domain, split = arguments.domain, arguments.split
     with leaving_no_trace(_place(arguments).open([domain])) as catalogue:
         numbers = [arguments.sample]
@@ -153,6 +153,7 @@ def _verify(arguments: argparse.Namespace, rest: list[str]) -> int:
     from opmix_dist.data.verify import verify
     from opmix_dist.report.data_tables import verify_lines, verify_table
     from opmix_dist.report.run_data import run_domains
+    from opmix_dist.terminal import open_console, say
 
     if arguments.workers is not None and arguments.workers < 1:
         raise UserError(f"--workers {arguments.workers}: give at least 1")
@@ -167,22 +168,8 @@ def _verify(arguments: argparse.Namespace, rest: list[str]) -> int:
         workers=arguments.workers,
         all_train=arguments.all,
     )
-    console = _console()
+    console = open_console()
     console.print(verify_table(report))
     for line in verify_lines(report):
-        _say(console, line)
+        say(console, line)
     return UNSOUND if not report.sound or (arguments.strict and report.repetitions) else 0
-
-
-def _console() -> Console:
-    """Tables as wide as they need to be where nobody looks: a pipe has no width."""
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
-
-
-def _say(console: Console, line: str) -> None:
-    from opmix_dist.data.printable import printable
-
-    console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
