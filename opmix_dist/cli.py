@@ -13,16 +13,20 @@ from typing import Any
 from opmix_dist import __version__
 from opmix_dist.data_commands import add_data_commands
 from opmix_dist.errors import UserError
+from opmix_dist.fit_command import add_fit_command
+from opmix_dist.mixture_command import add_mixture_command
 from opmix_dist.process import end_process
 
 TOKEN_DTYPES = ("uint16", "uint32", "int32", "int64")
+WITH_SETTINGS = ("train", "fit")
+"""Commands that take any setting of their configuration as ``--dotted.key value``."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand and return its status; a UserError becomes one line on standard error and status 2."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command != "train":
+    if rest and arguments.command not in WITH_SETTINGS:
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
     try:
         status: int | None = arguments.run(arguments, rest)
@@ -66,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     pool = commands.add_parser("pool", help="a pool as a launch of its own, for a run with pool.external")
     pool.add_argument("--run", dest="run_dir", required=True, type=Path, help="the trainers' run directory")
     pool.set_defaults(run=_pool)
+
+    add_fit_command(commands)
+    add_mixture_command(commands)
 
     report = commands.add_parser("report", help="write RUN/report.html")
     report.add_argument("run_dir", type=Path)

@@ -26,13 +26,21 @@ class Section(BaseModel):
 S = TypeVar("S", bound=Section)
 
 
-def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Nested plain values of a YAML file, with dotted overrides (``--train.steps 10``, ``--train.steps=10``).
+
+    Without a file, of the overrides alone.
 
     Raises:
         UserError: one line that names the file or the key.
     """
-    path = Path(path)
+    data = _read_yaml(Path(path)) if path is not None else {}
+    for key, value in parse_overrides(overrides):
+        _set_dotted(data, key, value)
+    return data
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -41,8 +49,6 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} must hold a mapping of settings, not {type(data).__name__}")
-    for key, value in parse_overrides(overrides):
-        _set_dotted(data, key, value)
     return data
 
 
