@@ -24,8 +24,8 @@ CURRENT, PROPOSAL, ASKED = "current", "proposal", "what if"
 class Searched:
     """A finished search, or a fit of tables, with its laws as it fitted them.
 
-    title: what it calls itself; resampled: the laws of its bootstrap; current, proposal: u [K], where there
-    are such mixtures; confidence: of its intervals.
+    title: what it is called; resampled: the laws of its bootstrap; current, proposal: u [K], the former where
+    it is known; confidence: of the intervals; notes: what to mind of it, besides its law's own warnings.
     """
 
     title: str
@@ -35,6 +35,7 @@ class Searched:
     current: np.ndarray | None
     proposal: np.ndarray
     confidence: float
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def reach(self) -> Reach:
@@ -103,7 +104,7 @@ class Answer:
             losses = self.forecast.losses[self.names.index(ASKED), :-1]
             broken = self.searched.problem.violations(losses, self.U[ASKED])
             found += [f"{ASKED}: {text}, so that the search would not propose it" for text in broken]
-        return [*found, *self.searched.fit.warnings]
+        return [*found, *self.searched.notes, *self.searched.fit.warnings]
 
 
 def answer_tables(answer: Answer) -> list[Table]:

@@ -1,0 +1,183 @@
+"""A finished search, or an output folder of ``opmix fit``, with its laws fitted again as it fitted them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from opmix_dist.errors import UserError
+from opmix_dist.exchange.rundir import RunDir
+from opmix_dist.exchange.schemas import Proposal as ProposalRecord
+from opmix_dist.exchange.schemas import SearchRequest, SearchStage
+from opmix_dist.fit.analysis import analyse
+from opmix_dist.fit.config import load_fit_config
+from opmix_dist.fit.outputs import SETTINGS
+from opmix_dist.pool.requests import staying
+from opmix_dist.pool.solving import search_problem
+from opmix_dist.report.reading import Candidates, SearchView, read_search
+from opmix_dist.report.run_data import is_run
+from opmix_dist.report.what_if import Searched
+from opmix_dist.search.bootstrap import bootstrap
+from opmix_dist.search.laws import Law, LawFit, Observations, fit_law
+from opmix_dist.search.problem import Problem
+from opmix_dist.search.proposal import Proposal, SolverError
+from opmix_dist.search_config import LawConfig
+from opmix_dist.seeds import derive_seed
+
+RESAMPLED = 100
+"""Laws behind the intervals, where the search itself made none."""
+SAME = 1e-4
+"""Nats by which a law that is fitted again may differ: more is another law."""
+
+
+def read_searched(place: Path, search: str | None = None, confidence: float | None = None) -> Searched:
+    """What ``place`` found.
+
+    Args:
+        search: name of one of a run's searches; None: the last that proposed.
+        confidence: of the intervals; None: as the search's own.
+
+    Raises:
+        UserError: ``place`` holds no finished search and no fit, or what it holds is invalid; names the file.
+    """
+    if is_run(place):
+        return _of_run(RunDir(place), search, confidence)
+    if search is not None:
+        raise UserError(f"{place} is no run directory: --search names a search of one")
+    if (place / SETTINGS).is_file():
+        return _of_fit(place, confidence)
+    raise UserError(f"{place} is neither a run directory nor an output folder of `opmix fit`")
+
+
+def _of_run(run: RunDir, name: str | None, confidence: float | None) -> Searched:
+    view = _chosen(run, name)
+    request, proposed = view.request, view.proposal
+    if view.problems or request is None or proposed is None or view.candidates is None:
+        missing = "request.json, proposal.json or candidates.parquet is missing"
+        raise UserError(
+            f"search {view.name} of {run.path} cannot be read: {'; '.join(view.problems) or missing}"
+        )
+    settings = run.any_config().search
+    if settings.method != "law":
+        raise UserError(f"search {view.name} of {run.path} descended along gradients: it has no laws to ask")
+    reference = np.array([proposed.snapshot[domain] for domain in request.domains])
+    problem = search_problem(request, settings.proposal, reference)
+    observations = _observations(view.candidates, request, problem)
+    fit = _fitted(observations, settings.law, derive_seed(request.seed, "law"))
+    u = np.array([proposed.coefficients[component] for component in request.components])
+    return Searched(
+        title=f"search {view.name} of {run.path.resolve().name}",
+        fit=fit,
+        problem=problem,
+        resampled=_resampled(
+            fit,
+            problem,
+            u,
+            count=settings.proposal.bootstrap or RESAMPLED,
+            seed=derive_seed(request.seed, "bootstrap"),
+        ),
+        current=staying(request),
+        proposal=u,
+        confidence=confidence or settings.proposal.confidence,
+        notes=_differences(fit.law, u, proposed, request),
+    )
+
+
+def _chosen(run: RunDir, name: str | None) -> SearchView:
+    """The search that is named, or the last that proposed."""
+    views = {search.name: read_search(search) for search in run.search_dirs()}
+    finished = [view for view in views.values() if view.status and view.status.stage is SearchStage.PROPOSED]
+    if name is None:
+        if not finished:
+            raise UserError(f"{run.path} has no finished search")
+        return finished[-1]
+    if name not in views:
+        raise UserError(f"{run.path} has no search {name}: it has {', '.join(views) or 'none'}")
+    if views[name] not in finished:
+        raise UserError(f"search {name} of {run.path} has no proposal. {views[name].standing}")
+    return views[name]
+
+
+def _observations(candidates: Candidates, request: SearchRequest, problem: Problem) -> Observations:
+    """The candidates that the laws were fitted to, in their order."""
+    rows = [np.flatnonzero(candidates.rows(domain, "candidate")) for domain in request.domains]
+    if len({len(row) for row in rows}) != 1 or not len(rows[0]):
+        raise UserError(
+            f"candidates.parquet of search {request.search} must have each candidate once by domain"
+        )
+    table = np.stack(rows, axis=1)  # [M, D] row of the file
+    U = candidates.U[table]
+    if not np.array_equal(U, np.broadcast_to(U[:, :1], U.shape)):
+        raise UserError(f"candidates.parquet of search {request.search} must list domains in the same order")
+    try:
+        return Observations(
+            U[:, 0],
+            candidates.loss[table],
+            candidates.stderr_change[table],
+            composition=problem.composition,
+            names=request.domains,
+            components=request.components,
+        )
+    except ValueError as error:
+        raise UserError(f"candidates.parquet of search {request.search} is invalid: {error}") from None
+
+
+def _fitted(observations: Observations, settings: LawConfig, seed: int) -> LawFit:
+    return fit_law(
+        observations,
+        family=settings.family,
+        seed=seed,
+        huber_delta=settings.huber_delta,
+        num_starts=settings.num_starts,
+        averaging=settings.averaging,
+    )
+
+
+def _resampled(fit: LawFit, problem: Problem, u: np.ndarray, *, count: int, seed: int) -> tuple[Law, ...]:
+    """Laws of the bootstrap of a proposal u [K]."""
+    predicted = fit.law.predict(u[None], averaging=False)[0]
+    proposal = Proposal(
+        u, u @ problem.expanded, predicted, problem.total(predicted, u), problem.divergence(u), "recorded"
+    )
+    try:
+        return bootstrap(fit, problem, count=count, seed=seed, proposal=proposal).laws
+    except SolverError as error:
+        raise UserError(f"the laws cannot be resampled: {error}") from None
+
+
+def _differences(
+    law: Law, u: np.ndarray, proposed: ProposalRecord, request: SearchRequest
+) -> tuple[str, ...]:
+    """A note where the law says other losses of the proposal than it did when the search ended."""
+    recorded = np.array([proposed.predicted[domain] for domain in request.domains])
+    apart = np.abs(law.predict(u[None])[0] - recorded)
+    worst = int(apart.argmax())
+    if apart[worst] <= SAME:
+        return ()
+    return (
+        f"fitted again, the law says {apart[worst]:.4f} nats another loss of {request.domains[worst]} at the "
+        "proposal than proposal.json: settings, files or this program have changed since",
+    )
+
+
+def _of_fit(folder: Path, confidence: float | None) -> Searched:
+    analysis = analyse(load_fit_config(folder / SETTINGS))
+    settings, outcome = analysis.config, analysis.outcome
+    if outcome is None:
+        raise UserError(f"{folder} holds laws without a proposal: fit again without proposer.fit_only")
+    seed, u = settings.regression.seed, outcome.proposal.u
+    count = settings.bootstrap.count or RESAMPLED
+    spread = outcome.bootstrap
+    return Searched(
+        title=f"the fit in {folder.resolve().name}",
+        fit=analysis.fit,
+        problem=outcome.problem,
+        resampled=spread.laws
+        if spread
+        else _resampled(analysis.fit, outcome.problem, u, count=count, seed=seed),
+        current=analysis.inputs.current,
+        proposal=u,
+        confidence=confidence or settings.bootstrap.confidence,
+        notes=tuple(analysis.inputs.notes),
+    )
