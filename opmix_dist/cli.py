@@ -16,6 +16,7 @@ from opmix_dist.errors import UserError
 from opmix_dist.fit_command import add_fit_command
 from opmix_dist.mixture_command import add_mixture_command
 from opmix_dist.process import end_process
+from opmix_dist.what_if_command import add_what_if
 
 TOKEN_DTYPES = ("uint16", "uint32", "int32", "int64")
 WITH_SETTINGS = ("train", "fit")
@@ -73,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add_fit_command(commands)
     add_mixture_command(commands)
+
+    add_what_if(commands)
 
     report = commands.add_parser("report", help="write RUN/report.html")
     report.add_argument("run_dir", type=Path)
