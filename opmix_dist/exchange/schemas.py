@@ -69,6 +69,11 @@ class SearchRequest(Record):
     search: Name
     step: int = Field(ge=0)
     snapshot: str
+    """Folder of the model within the run directory."""
+    is_checkpoint: bool = False
+    """``snapshot`` is a Hugging Face folder or hub id instead: a search alone writes no copy of the model."""
+    new_domain: Name | None = None
+    """The domain that joins: two probes, 10% and 90% of it; None: a probe for each domain."""
     components: list[Name]
     domains: list[Name]
     composition: list[list[Finite]]
@@ -76,7 +81,9 @@ class SearchRequest(Record):
     current: Mixture
     prior: Mixture
     caps: list[Finite] | None = None
-    """Largest share of each domain [domains], from its tokens and the tokens to train."""
+    """Largest share of each domain [domains], as set and from its tokens and the tokens to train."""
+    floors: list[Finite] | None = None
+    """Least share of each domain [domains]."""
     base_lr: float = Field(gt=0)
     seed: int = Field(ge=0)
 
@@ -85,8 +92,9 @@ class SearchRequest(Record):
         rows, columns = len(self.components), len(self.domains)
         if len(self.composition) != rows or any(len(row) != columns for row in self.composition):
             raise ValueError(f"composition must be [{rows} components, {columns} domains]")
-        if self.caps is not None and len(self.caps) != columns:
-            raise ValueError(f"caps must have {columns} entries")
+        for what, shares in (("caps", self.caps), ("floors", self.floors)):
+            if shares is not None and len(shares) != columns:
+                raise ValueError(f"{what} must have {columns} entries")
         if len({*self.domains}) != columns or len({*self.components}) != rows:
             raise ValueError("components and domains must not repeat")
         return self
@@ -101,6 +109,34 @@ class PhaseCost(Record):
     tokens: int = 0
 
 
+class Interval(Record):
+    low: Finite
+    high: Finite
+
+
+class Gain(Record):
+    """What moving gains over staying, in the objective without its KL term, nats per token; above 0 is
+    better."""
+
+    predicted: Finite | None
+    """By the laws, None where there are none."""
+    interval: Interval | None
+    """Of the predicted gain, from laws that were fitted to resampled losses."""
+    measured: Finite
+    """Between the simulated models, on the same held-out samples."""
+    stderr: Finite
+    """Of the measured gain, paired by sample."""
+    averaging: Finite | None = None
+    """What of it comes from averaging probes and not from the mixture, by laws that have that term."""
+
+
+class Decision(Record):
+    """Whether to move to the proposal, and why."""
+
+    move: bool
+    reason: str
+
+
 class Proposal(Record):
     """proposal.json: the mixture that a search returns, and what it expects of it."""
 
@@ -110,13 +146,14 @@ class Proposal(Record):
     weights: Mixture
     current: Mixture
     predicted: dict[Name, Finite]
-    """Loss per domain that the laws predict at the proposal, nats per token."""
+    """Loss per domain that the laws predict at the proposal, nats per token; without laws, what was measured
+    there."""
     simulated: dict[Name, Finite]
     """Loss per domain of the simulated model at the proposal, measured on the held-out tokens."""
     snapshot: dict[Name, Finite]
     """Loss per domain of the snapshot itself (no adapter), on the same tokens."""
     predicted_current: dict[Name, Finite]
-    """Loss per domain that the laws predict for staying on the current mixture."""
+    """Loss per domain that the laws predict for staying on the current mixture; without laws, as measured."""
     simulated_current: dict[Name, Finite]
     """Loss per domain of the simulated model that stays, measured like ``simulated``."""
     objective: Finite
@@ -125,6 +162,18 @@ class Proposal(Record):
     horizon_tokens: int
     """Training tokens that each probe read: how far ahead the prediction looks."""
     costs: dict[str, PhaseCost]
+    objective_name: str = "mean"
+    """As ``search.proposal.objective`` has them."""
+    intervals: dict[Name, Interval] = Field(default_factory=dict)
+    """Of each weight, from resampled laws; empty where there are none."""
+    confidence: float | None = None
+    """Of all intervals."""
+    gain: Gain | None = None
+    decision: Decision | None = None
+    rounds: int = 1
+    """Times that candidates were chosen and evaluated."""
+    why_ended: str = ""
+    """Why there were no more."""
     warnings: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
@@ -143,15 +192,22 @@ class Proposal(Record):
 
 
 class Fit(Record):
-    """fit.json: the laws L_i(u) = exp(c_i) + exp(t_i . u) and how well they hold."""
+    """fit.json: the laws, and how well they hold for each domain."""
 
     domains: list[Name]
     components: list[Name]
-    log_c: list[Finite]
-    t: list[list[Finite]]
+    family: str
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    """By name, as nested lists with an entry for each domain, where the family has a few of them: for
+    log_linear, L_i(u) = exp(log_c_i) + exp(t_i . u)."""
     r2: list[float | None]
     spearman: list[float | None]
     loo_error: list[float | None]
+    """Root mean square error of predicting a candidate from the others, nats."""
+    calibration: list[float | None]
+    """Slope of measured losses over such predictions; below 1 the law exaggerates differences."""
+    comparison: dict[str, list[float | None]] = Field(default_factory=dict)
+    """Cross-validated root mean square error by family, where several were compared."""
     warnings: list[str] = Field(default_factory=list)
 
 

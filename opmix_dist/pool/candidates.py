@@ -84,8 +84,8 @@ def simulate_sums(
     joint: int = 1,
     on_progress: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """Loss of each held-out sample, summed over its targets [M, N] float64, of the simulated models W(u_m) for
-    every row u_m of ``coefficients``.
+    """Loss of each held-out sample, summed over its targets [M, N] float64, of the simulated models W(u_m) of
+    all rows u_m of ``coefficients``.
 
     Args:
         coefficients: U [M, C]; a row of zeros is the base itself.

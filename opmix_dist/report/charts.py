@@ -16,7 +16,6 @@ import plotly.graph_objects as go
 from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, PhaseCost, Proposal
 from opmix_dist.report import tables, words
 from opmix_dist.report.reading import Candidates, CurvePoint, RunView
-from opmix_dist.search.laws import LogLinearLaw
 
 GREY = "#8b929c"
 # Middle lightness, so that each is readable on a white and on a nearly black page.
@@ -147,14 +146,9 @@ def _by_domain(domains: Sequence[str], x_title: str, title: str = "") -> go.Figu
     )
 
 
-def law_against_measured(
-    domain: str, candidates: Candidates, law: LogLinearLaw, column: int, colour: str
-) -> go.Figure:
-    """Fitted against measured loss of each candidate (dots) and of the proposal (star, not in the fit).
-
-    Args:
-        column: the domain's place in the law.
-    """
+def law_against_measured(domain: str, candidates: Candidates, colour: str) -> go.Figure:
+    """Loss by the law against the measured one of each candidate (dots) and of the proposal (star, not in the
+    fit); rings are what laws fitted to other candidates say."""
     figure = _figure(
         270,
         domain,
@@ -163,18 +157,22 @@ def law_against_measured(
         showlegend=False,
     )
     ends: list[float] = []
-    for kind, symbol, size in (("candidate", "circle", 7), ("proposal", "star", 13)):
-        rows = candidates.rows(domain, kind)
-        measured, fitted = candidates.loss[rows], law.predict(candidates.U[rows])[:, column]
-        ends += [*measured, *fitted]
+    for kind, values, name, symbol, size in (
+        ("candidate", candidates.predicted, "candidate", "circle", 7),
+        ("proposal", candidates.predicted, "proposal", "star", 13),
+        ("candidate", candidates.left_out, "candidate left out", "circle-open", 7),
+    ):
+        rows = candidates.rows(domain, kind) & np.isfinite(values)
+        measured, by_law = candidates.loss[rows], values[rows]
+        ends += [*measured, *by_law]
         figure.add_scatter(
             x=measured.tolist(),
-            y=fitted.tolist(),
+            y=by_law.tolist(),
             error_x={"array": candidates.stderr[rows].tolist(), "thickness": 0.6, "width": 0, "color": GREY},
             customdata=[_coefficients(candidates.components, u) for u in candidates.U[rows]],
             mode="markers",
             marker={"symbol": symbol, "size": size, "color": colour, "line": {"width": 0.5, "color": GREY}},
-            hovertemplate=f"{kind}: measured %{{x:.4f}}, law %{{y:.4f}}<br>%{{customdata}}<extra></extra>",
+            hovertemplate=f"{name}: measured %{{x:.4f}}, law %{{y:.4f}}<br>%{{customdata}}<extra></extra>",
         )
     if ends:
         figure.add_shape(type="line", x0=min(ends), y0=min(ends), x1=max(ends), y1=max(ends),
@@ -197,13 +195,14 @@ def probe_curves(curves: Mapping[str, Sequence[CurvePoint]], colours: Mapping[st
 
 
 def proposed_mixture(proposal: Proposal, colours: Mapping[str, str]) -> go.Figure:
-    """Bars of each domain's share: before (pale) and proposed."""
+    """Bars of each domain's share: before (pale) and proposed, with the interval of the latter."""
     rows = tables.mixture_rows([proposal.current, proposal.weights])
     figure = _by_domain([name for name, _ in rows], "share of the mixture")
     for i, (name, opacity) in enumerate((("before", 0.35), ("proposed", 1.0))):
         figure.add_bar(
             y=[plain(domain) for domain, _ in rows],
             x=[weights[i] for _, weights in rows],
+            error_x=_whiskers(proposal) if name == "proposed" else None,
             name=name,
             orientation="h",
             marker={"color": [colours.get(domain, GREY) for domain, _ in rows], "opacity": opacity},
@@ -216,6 +215,21 @@ def proposed_mixture(proposal: Proposal, colours: Mapping[str, str]) -> go.Figur
     return figure.update_layout(
         barmode="group", bargap=0.3, height=70 + 46 * len(rows), xaxis_tickformat=".0%"
     )
+
+
+def _whiskers(proposal: Proposal) -> dict[str, object] | None:
+    """To the ends of each proposed weight's interval, in the order of the weights."""
+    if not proposal.intervals:
+        return None
+    ends = [(proposal.intervals[name], weight) for name, weight in proposal.weights.items()]
+    return {
+        "array": [max(0.0, interval.high - weight) for interval, weight in ends],
+        "arrayminus": [max(0.0, weight - interval.low) for interval, weight in ends],
+        "symmetric": False,
+        "thickness": 1.2,
+        "width": 4,
+        "color": GREY,
+    }
 
 
 LANDINGS = {

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from opmix_dist.config import SearchRunConfig
 from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.report import charts, page, tables, words
@@ -47,20 +48,25 @@ class _Report:
         self.compared = bool(self.rows) and len(self.finals) == 2
 
     def render(self) -> bytes:
-        parts = [
-            self.headline(),
-            self.mixture(),
-            self.heldout(),
-            self.final(),
-            *self.searches(),
-            self.compute(),
-            self.training(),
-            self.configuration(),
-        ]
+        if isinstance(self.run.config, SearchRunConfig):
+            parts = [*self.searches(), self.compute(), self.configuration()]
+        else:
+            parts = [
+                self.headline(),
+                self.mixture(),
+                self.heldout(),
+                self.final(),
+                *self.searches(),
+                self.compute(),
+                self.training(),
+                self.configuration(),
+            ]
         return page.render(self.run.name, self.lead(), parts, self.figures)
 
     def lead(self) -> str:
         """The result in one sentence."""
+        if isinstance(self.run.config, SearchRunConfig):
+            return f"A search from {self.run.config.model.checkpoint}, without training."
         if self.run.summary is None:
             latest = f", training loss {self.run.train[-1].loss:.4f}" if self.run.train else ""
             return f"Not finished: step {self.run.last_step:,} of {self.run.config.train.steps:,}{latest}."
@@ -167,6 +173,8 @@ class _Report:
         return [search_section(view, realised, self.colours, self.figures) for view in self.run.searches]
 
     def _no_search(self) -> str:
+        if isinstance(self.run.config, SearchRunConfig):
+            return "The search has not begun."
         policy = self.run.config.mixture.policy
         text = f"This run has requested no search (mixture.policy: {policy})."
         if policy == "static" or self.run.summary:
@@ -193,7 +201,7 @@ class _Report:
 
     def _missing_costs(self) -> Iterator[str]:
         for view in self.views:
-            if view.summary is None:
+            if view.summary is None and not isinstance(view.config, SearchRunConfig):
                 yield f"{view.name} has not finished: the costs of its training are not known yet."
         for search in self.run.searches:
             if search.proposal is None:

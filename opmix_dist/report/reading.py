@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from opmix_dist.config import RunConfig
+from opmix_dist.config import RunConfig, SearchRunConfig
 from opmix_dist.errors import UserError
 from opmix_dist.exchange.rundir import RunDir, SearchDir, read_records
 from opmix_dist.exchange.schemas import (
@@ -61,6 +61,12 @@ class Candidates:
     """[N] nats per token."""
     stderr: np.ndarray
     """[N] standard error of the loss."""
+    stderr_change: np.ndarray
+    """[N] standard error of the loss minus the snapshot's on the same samples."""
+    predicted: np.ndarray
+    """[N] loss by the law, nan where there is none."""
+    left_out: np.ndarray
+    """[N] loss by a law that was fitted to other candidates, nan where there is none."""
 
     def rows(self, domain: str, kind: str) -> np.ndarray:
         """[N] mask of the rows of one domain and kind."""
@@ -94,10 +100,10 @@ class SearchView:
 
 @dataclass(frozen=True)
 class RunView:
-    """One run; ``summary`` is None until it has finished."""
+    """One run; ``summary`` is None until it has finished, and in a search alone, which trains nothing."""
 
     name: str
-    config: RunConfig
+    config: RunConfig | SearchRunConfig
     mixtures: list[MixtureRecord]
     train: list[TrainLine]
     evals: list[EvalLine]
@@ -152,7 +158,7 @@ def read_run(run: RunDir) -> RunView:
     """
     return RunView(
         name=run.path.resolve().name,
-        config=run.config(),
+        config=run.any_config(),
         mixtures=run.mixtures(),
         train=run.train_lines(),
         evals=run.eval_lines(),
@@ -194,17 +200,16 @@ def _fit(search: SearchDir, components: Sequence[str]) -> Fit:
     fit = search.fit()
     if fit.components != components:
         raise UserError(f"{search.fit_file} names other components than request.json; fit again")
-    per_domain = (fit.log_c, fit.t, fit.r2, fit.spearman, fit.loo_error)
+    per_domain = (fit.r2, fit.spearman, fit.loo_error, fit.calibration, *fit.comparison.values())
     if any(len(values) != len(fit.domains) for values in per_domain):
         raise UserError(f"{search.fit_file} must have one entry per domain in every list; fit again")
-    if any(len(row) != len(fit.components) for row in fit.t):
-        raise UserError(f"{search.fit_file} must have one t per domain and component; fit again")
     return fit
 
 
 def _candidates(path: Path, components: Sequence[str]) -> Candidates:
     """Raises UserError naming the file when it is not the table that the pool writes."""
-    names = ["kind", "domain", "loss", "stderr", *(f"u_{c}" for c in components)]
+    measured = ("loss", "stderr", "stderr_change", "predicted", "left_out")
+    names = ["kind", "domain", *measured, *(f"u_{c}" for c in components)]
     try:
         if pq.read_metadata(path).num_rows > MAX_CANDIDATE_ROWS:
             raise UserError(f"{path} has more than {MAX_CANDIDATE_ROWS} rows; a search writes far fewer")
@@ -214,4 +219,6 @@ def _candidates(path: Path, components: Sequence[str]) -> Candidates:
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a table of candidates: {' '.join(str(error).split())}") from None
     U = np.stack([numbers[f"u_{c}"] for c in components], axis=1)
-    return Candidates(columns["kind"], columns["domain"], components, U, numbers["loss"], numbers["stderr"])
+    return Candidates(
+        columns["kind"], columns["domain"], components, U, *(numbers[name] for name in measured)
+    )

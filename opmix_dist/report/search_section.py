@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -10,7 +10,6 @@ from opmix_dist.exchange.schemas import Fit, Proposal, SearchStage
 from opmix_dist.report import charts, page, words
 from opmix_dist.report.page import Figures, Html
 from opmix_dist.report.reading import Candidates, SearchView
-from opmix_dist.search.laws import LogLinearLaw
 
 
 def search_section(
@@ -45,13 +44,28 @@ def _proposal(
 ) -> Html:
     if view.proposal is None:
         return page.caption("There is no proposal.")
-    coefficients = ", ".join(f"{name} {value:.3f}" for name, value in view.proposal.coefficients.items())
+    proposal = view.proposal
+    coefficients = ", ".join(f"{name} {value:.3f}" for name, value in proposal.coefficients.items())
+    text = f"Pale: before; solid: proposed. Coefficients of the probes: {coefficients}."
+    if proposal.confidence is not None:
+        text += f" Whiskers: {words.percent(proposal.confidence)} intervals from resampled laws."
     bars = page.subsection(
         "Proposed mixture",
-        page.caption(f"Pale: before; solid: proposed. Coefficients of the probes: {coefficients}."),
-        figures.place(charts.proposed_mixture(view.proposal, colours)),
+        *_decision(proposal),
+        page.caption(text),
+        figures.place(charts.proposed_mixture(proposal, colours)),
     )
-    return page.element("div", bars, _landing(view.proposal, realised, colours, figures))
+    return page.element("div", bars, _landing(proposal, realised, colours, figures))
+
+
+def _decision(proposal: Proposal) -> Iterator[Html]:
+    """Whether to move, in plain sight, and what the gain is."""
+    if proposal.decision is not None:
+        verdict = "Move to the proposal" if proposal.decision.move else "Keep the mixture"
+        yield page.element("p", page.element("strong", f"{verdict}."), f" {proposal.decision.reason}.")
+    if proposal.gain is not None:
+        rows = [[what, text] for what, text in words.gain(proposal.gain, proposal.confidence).items()]
+        yield page.table([f"gain over staying ({proposal.objective_name} loss)", "nats per token"], rows)
 
 
 _LANDING = (
@@ -88,20 +102,43 @@ def _landing(
 
 def _laws(view: SearchView, colours: Mapping[str, str], figures: Figures) -> Html:
     fit, candidates = view.fit, view.candidates
+    gain = view.proposal.gain if view.proposal else None
+    if fit is None and gain is not None and gain.predicted is None:
+        return page.caption("This search followed gradients and fitted no laws.")
     if fit is None or candidates is None:
         missing = "candidates.parquet" if candidates is None else "fit.json"
         return page.caption(f"The fitted laws cannot be shown without a valid {missing}.")
-    law = LogLinearLaw(np.array(fit.log_c), np.array(fit.t))
     grid = [
-        charts.law_against_measured(domain, candidates, law, column, colours.get(domain, charts.GREY))
-        for column, domain in enumerate(fit.domains)
+        charts.law_against_measured(domain, candidates, colours.get(domain, charts.GREY))
+        for domain in fit.domains
     ]
     text = (
-        "Each dot is a candidate mixture: its measured loss ± standard error, and the law that was fitted to "
-        "all of them. The star is the proposal, measured after the fit. On the dotted line they agree."
+        f"Laws of the family {fit.family}. Each dot is a candidate mixture: its measured loss ± standard "
+        "error, and the law that was fitted to all of them; its ring is what laws say that were fitted to "
+        "others. The star is the proposal, measured after the fit. On the dotted line they agree."
     )
-    table = _fit_table(fit, candidates)
-    return page.subsection("Laws against measurements", page.caption(text), figures.grid(grid), table)
+    return page.subsection(
+        "Laws against measurements",
+        page.caption(text),
+        figures.grid(grid),
+        _fit_table(fit, candidates),
+        *_comparison(fit),
+    )
+
+
+def _comparison(fit: Fit) -> Iterator[Html]:
+    """Errors of the families that were compared."""
+    if fit.comparison:
+        rows = [
+            [domain, *(_number(errors[i]) for errors in fit.comparison.values())]
+            for i, domain in enumerate(fit.domains)
+        ]
+        yield page.caption("Cross-validated root mean square error of each family, nats per token.")
+        yield page.table(["domain", *fit.comparison], rows)
+
+
+def _number(value: float | None) -> str:
+    return words.ABSENT if value is None else f"{value:.3g}"
 
 
 def _fit_table(fit: Fit, candidates: Candidates) -> Html:
@@ -110,9 +147,10 @@ def _fit_table(fit: Fit, candidates: Candidates) -> Html:
     for i, domain in enumerate(fit.domains):
         measured = candidates.loss[candidates.rows(domain, "candidate")]
         spread = float(np.ptp(measured)) if len(measured) else None
-        values = (fit.r2[i], fit.spearman[i], fit.loo_error[i], spread)
-        rows.append([domain, *(words.ABSENT if value is None else f"{value:.3g}" for value in values)])
-    return page.table(["domain", "R²", "Spearman", "leave-one-out RMSE", "spread of measured losses"], rows)
+        values = (fit.r2[i], fit.spearman[i], fit.loo_error[i], fit.calibration[i], spread)
+        rows.append([domain, *map(_number, values)])
+    header = ["domain", "R²", "Spearman", "leave-one-out RMSE", "calibration", "spread of measured losses"]
+    return page.table(header, rows)
 
 
 def _probes(view: SearchView, colours: Mapping[str, str], figures: Figures) -> Html:

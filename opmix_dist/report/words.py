@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from opmix_dist.exchange.schemas import Gain
+
 ABSENT = "–"
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
@@ -31,6 +33,25 @@ def signed(value: float | None) -> str:
 
 def share(value: float) -> str:
     return f"{100 * value:.1f}%"
+
+
+def percent(value: float) -> str:
+    """0.9 is "90%"."""
+    return f"{100 * value:g}%"
+
+
+def gain(found: Gain, confidence: float | None) -> dict[str, str]:
+    """What is known of a gain, by where it comes from."""
+    lines = {"measured on the same samples": f"{signed(found.measured)} ± {found.stderr:.4f}"}
+    if found.predicted is not None:
+        interval = ""
+        if found.interval is not None and confidence is not None:
+            ends = f"{signed(found.interval.low)} to {signed(found.interval.high)}"
+            interval = f" ({percent(confidence)}: {ends})"
+        lines["predicted by the laws"] = f"{signed(found.predicted)}{interval}"
+    if found.averaging is not None:
+        lines["of it from averaging probes, not from the mixture"] = signed(found.averaging)
+    return lines
 
 
 def comparison(value: float, reference: float) -> str:

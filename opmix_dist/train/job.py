@@ -16,6 +16,7 @@ from opmix_dist.config import RESUME_MAY_CHANGE, RunConfig
 from opmix_dist.data.build import held_out_samples, open_data, read_options
 from opmix_dist.data.catalogue import Catalogue, tokenizer_fingerprint
 from opmix_dist.data.loader import EvalSet, MixtureLoader
+from opmix_dist.data.mixtures import chosen_mixture
 from opmix_dist.distributed import Placement, Role, World, has_launcher, use_deterministic_kernels
 from opmix_dist.engines.base import Engine
 from opmix_dist.engines.build import build_engine
@@ -41,7 +42,7 @@ from opmix_dist.train.callbacks import (
     WandbLogger,
 )
 from opmix_dist.train.checkpoint import Checkpointer
-from opmix_dist.train.policy import POLICIES, Surroundings, check_schedule, chosen_mixture
+from opmix_dist.train.policy import POLICIES, Surroundings, check_schedule
 from opmix_dist.train.state import TrainerState
 from opmix_dist.train.trainer import Trainer
 

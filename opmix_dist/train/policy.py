@@ -13,17 +13,16 @@ import numpy as np
 
 from opmix_dist.config import RunConfig
 from opmix_dist.data.catalogue import Catalogue
+from opmix_dist.data.mixtures import chosen_mixture
 from opmix_dist.distributed import World
 from opmix_dist.engines.base import Engine
 from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import RunDir, SearchDir, write_record
-from opmix_dist.exchange.schemas import MixtureRecord, SearchRequest, SearchStage, SearchStatus
+from opmix_dist.exchange.schemas import MixtureRecord, Proposal, SearchRequest, SearchStage, SearchStatus
 from opmix_dist.ledger import Ledger
+from opmix_dist.pool.requests import search_request
 from opmix_dist.pool.run_search import Searcher
-from opmix_dist.search.proposal import repetition_caps
-from opmix_dist.search.simplex import Components
-from opmix_dist.seeds import derive_seed
 from opmix_dist.train.state import TrainerState
 
 log = logging.getLogger(__name__)
@@ -183,20 +182,16 @@ class OpMixPolicy(MixturePolicy):
 
     def _request(self, state: TrainerState) -> SearchRequest:
         config, catalogue = self.around.config, self.around.catalogue
-        current = np.array([state.weights[name] for name in catalogue.names])
-        components = Components.for_rebalance(catalogue.names, current, config.search.probes.domain_share)
-        return SearchRequest(
-            search=self.SEARCH,
+        left = (config.train.steps - state.step) * config.train.global_batch_size * catalogue.sequence_length
+        return search_request(
+            config,
+            catalogue,
+            self.SEARCH,
             step=state.step,
             snapshot=str(self.around.run.snapshot(state.step).relative_to(self.around.run.path)),
-            components=list(components.names),
-            domains=list(catalogue.names),
-            composition=components.matrix.tolist(),
             current=state.weights,
-            prior=named_mixture(config.search.proposal.prior, catalogue, state.weights),
-            caps=share_caps(config, catalogue, state),
-            base_lr=config.optimizer.lr,
-            seed=derive_seed(config.seed, "search", self.SEARCH),
+            tokens_read=state.domain_tokens,
+            tokens_to_train=left,
         )
 
     def _look(self, state: TrainerState) -> str:
@@ -228,11 +223,17 @@ class OpMixPolicy(MixturePolicy):
             return self._kept(state, f"{self.search.proposal_file} answers another request")
         if set(proposal.weights) != set(state.weights):
             return self._kept(state, f"{self.search.proposal_file} names other domains than the run's")
-        gain = np.mean([proposal.simulated_current[d] - proposal.simulated[d] for d in proposal.weights])
+        if proposal.decision is not None and not proposal.decision.move:
+            return self._record(
+                state,
+                weights=None,
+                why=f"search {self.SEARCH} keeps the mixture: {proposal.decision.reason}",
+                requested_step=request.step,
+            )
         return self._record(
             state,
             weights={name: proposal.weights[name] for name in state.weights},
-            why=f"search {self.SEARCH}: simulated mean loss {gain:.4f} below staying on the mixture",
+            why=f"search {self.SEARCH}: {proposal.decision.reason if proposal.decision else _gain(proposal)}",
             requested_step=request.step,
         )
 
@@ -262,6 +263,11 @@ class OpMixPolicy(MixturePolicy):
         self._writer.shutdown(wait=True)
 
 
+def _gain(proposal: Proposal) -> str:
+    gain = np.mean([proposal.simulated_current[d] - proposal.simulated[d] for d in proposal.weights])
+    return f"simulated mean loss {gain:.4f} below staying on the mixture"
+
+
 class Pulse:
     """Notices a pool that went silent. Compares contents, so that no clocks need to agree."""
 
@@ -284,59 +290,3 @@ class Pulse:
 
 
 POLICIES: dict[str, type[MixturePolicy]] = {"static": StaticPolicy, "opmix": OpMixPolicy}
-
-
-def named_mixture(name: str, catalogue: Catalogue, current: Mapping[str, float]) -> dict[str, float]:
-    """``uniform``, ``natural`` (in proportion to training samples, so that all domains end an epoch together)
-    or ``current``, by domain."""
-    if name == "current":
-        return dict(current)
-    samples = catalogue.samples("train").astype(np.float64)
-    weights = samples / samples.sum() if name == "natural" else np.full(len(samples), 1 / len(samples))
-    return dict(zip(catalogue.names, weights.tolist(), strict=True))
-
-
-def share_caps(config: RunConfig, catalogue: Catalogue, state: TrainerState) -> list[float] | None:
-    """Largest share of each domain [D], at most 1, in what is left of the run; None where nothing bounds one.
-
-    A domain is read ``search.proposal.max_repetitions`` times at most over the whole run, and where it would
-    stop the run (``data.on_exhausted``), no more than its ``data.max_epochs`` either.
-    """
-    repetitions = config.search.proposal.max_repetitions
-    stops = config.data.on_exhausted == "stop"
-    epochs = config.data.epochs_by_domain(catalogue.names) if stops else {}
-    if repetitions is None and not epochs:
-        return None
-    samples, length = catalogue.samples("train").astype(np.float64), catalogue.sequence_length
-    allowed = samples * (np.inf if repetitions is None else repetitions)
-    # the sampler may be one sample behind the mixture now, and one ahead of it at the end
-    before_stop = np.floor(samples * [epochs.get(name, np.inf) for name in catalogue.names]) - 2
-    read = np.array([state.domain_tokens[name] for name in catalogue.names], dtype=np.float64)
-    available = np.maximum(np.minimum(allowed, before_stop) * length - read, 0.0)
-    left = (config.train.steps - state.step) * config.train.global_batch_size * length
-    return np.minimum(repetition_caps(available, 1.0, left), 1.0).tolist()
-
-
-def chosen_mixture(
-    chosen: str | Mapping[str, float], catalogue: Catalogue, key: str = "mixture.initial"
-) -> dict[str, float]:
-    """Weights by domain, in the catalogue's order; a domain that is not named gets 0.
-
-    Args:
-        key: the setting that chose it.
-
-    Raises:
-        UserError: an unknown domain, a negative weight, or a sum that is not 1.
-    """
-    if isinstance(chosen, str):
-        return named_mixture(chosen, catalogue, {})
-    for name, weight in chosen.items():
-        if name not in catalogue.names:
-            raise UserError(f"{key} names `{name}`, which is no domain of {catalogue.root}: "
-                            f"it has {', '.join(catalogue.names)}")  # fmt: skip
-        if not 0 <= weight <= 1:
-            raise UserError(f"{key}.{name} is {weight}: a weight lies between 0 and 1")
-    total = sum(chosen.values())
-    if abs(total - 1) > 1e-6:
-        raise UserError(f"{key} sums to {total:g}: weights must sum to 1")
-    return {name: float(chosen.get(name, 0.0)) for name in catalogue.names}

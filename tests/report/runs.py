@@ -13,8 +13,11 @@ from opmix_dist.config import check_config
 from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import RunDir, SearchDir, write_record
 from opmix_dist.exchange.schemas import (
+    Decision,
     EvalLine,
     Fit,
+    Gain,
+    Interval,
     MixtureRecord,
     PhaseCost,
     Proposal,
@@ -141,12 +144,15 @@ def write_candidates(search: SearchDir, proposal: np.ndarray) -> None:
     rng = np.random.default_rng([1, 2])
     U = np.concatenate([rng.dirichlet(np.ones(4), 12), np.zeros((1, 4)), proposal[None]])
     kinds = ["candidate"] * 12 + ["snapshot", "proposal"]
+    predicted = np.where(U.sum(axis=1, keepdims=True) > 0, LAW.predict(U), np.nan)
     losses = LAW.predict(U) + rng.normal(0, 0.005, (14, 3))
+    left_out = predicted + np.where(np.arange(14) < 12, 0.002, np.nan)[:, None]
     rows = [
         {"candidate": -1 if kind == "snapshot" else m, "kind": kind}
         | {f"u_{c}": U[m, k] for k, c in enumerate(COMPONENTS)}
         | {f"x_{name}": (U[m] @ COMPOSITION)[i] for i, name in enumerate(DOMAINS)}
-        | {"domain": domain, "loss": losses[m, d], "stderr": 0.01, "tokens": 4096}
+        | {"domain": domain, "loss": losses[m, d], "stderr": 0.01, "stderr_change": 0.005, "tokens": 4096}
+        | {"predicted": predicted[m, d], "left_out": left_out[m, d]}
         for m, kind in enumerate(kinds)
         for d, domain in enumerate(DOMAINS)
     ]
@@ -159,11 +165,12 @@ def _fit() -> Fit:
     return Fit(
         domains=DOMAINS,
         components=COMPONENTS,
-        log_c=LAW.log_c.tolist(),
-        t=LAW.t.tolist(),
+        family="log_linear",
+        parameters={"log_c": LAW.log_c.tolist(), "t": LAW.t.tolist()},
         r2=[0.98, 0.91, None],
         spearman=[0.97, 0.93, 0.99],
         loo_error=[0.004, 0.006, 0.005],
+        calibration=[1.01, 0.95, None],
         warnings=["books: few candidates"],
     )
 
@@ -183,6 +190,10 @@ def _proposal(name: str, u: np.ndarray) -> Proposal:
         simulated_current={domain: loss + 0.021 for domain, loss in predicted.items()},
         objective=3.0,
         kl=0.1,
+        intervals={name: Interval(low=weight - 0.1, high=weight + 0.05) for name, weight in PROPOSED.items()},
+        confidence=0.9,
+        gain=Gain(predicted=0.02, interval=Interval(low=0.011, high=0.03), measured=0.018, stderr=0.002),
+        decision=Decision(move=True, reason="gain 0.018 ± 0.002: above 0 at 90% confidence"),
         horizon_tokens=51_200,
         costs={
             "probes": PhaseCost(seconds=4, device_seconds=8, flops=2e12, tokens=200_000),

@@ -9,6 +9,7 @@ from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import RunDir, write_record
-from opmix_dist.exchange.schemas import SearchStage, SearchStatus
+from opmix_dist.exchange.schemas import Decision, SearchStage, SearchStatus
 from opmix_dist.report.html import write_report
 from tests.report.runs import UNIFORM, RunWriter
 
@@ -115,10 +116,33 @@ def test_charts_show_the_numbers_of_the_run(finished: RunDir, baseline: RunDir):
     assert (before["y"], this["y"]) == ([2.0, 1.5], [1.8, 1.3])
     assert this["customdata"] == [0.03, 0.03]
     by_law = [f for f in figures if f["layout"].get("yaxis", {}).get("title", {}).get("text") == "law"]
-    candidates, proposal = by_law[0]["data"]
+    candidates, proposal, left_out = by_law[0]["data"]
     assert len(candidates["x"]) == 12
     assert len(proposal["x"]) == 1
     assert candidates["y"] == pytest.approx(candidates["x"], abs=0.03)  # the law made them, noise 0.005
+    assert left_out["y"] == pytest.approx(np.array(candidates["y"]) + 0.002)
+    (bars,) = [f for f in figures if f["layout"].get("barmode") == "group"]
+    before, proposed = bars["data"]
+    assert "error_x" not in before
+    assert proposed["error_x"]["array"] == pytest.approx([0.05] * 3)
+    assert proposed["error_x"]["arrayminus"] == pytest.approx([0.1] * 3)
+
+
+def test_the_decision_is_told_with_the_gain_and_how_it_is_known(finished: RunDir):
+    text = Parsed(write_report(finished)).text
+    assert "Move to the proposal. gain 0.018 ± 0.002: above 0 at 90% confidence." in " ".join(text.split())
+    assert "+0.0180 ± 0.0020" in text
+    assert "+0.0200 (90%: +0.0110 to +0.0300)" in text
+    assert "from averaging" not in text
+    search = finished.search("0001")
+    gain = search.proposal().gain.model_copy(update={"averaging": 0.012})
+    decision = Decision(move=False, reason="gain 0.006 ± 0.01: within its uncertainty")
+    write_record(
+        search.proposal_file, search.proposal().model_copy(update={"gain": gain, "decision": decision})
+    )
+    text = Parsed(write_report(finished)).text
+    assert "Keep the mixture. gain 0.006 ± 0.01: within its uncertainty." in " ".join(text.split())
+    assert "of it from averaging probes, not from the mixture" in text
 
 
 def test_a_domain_keeps_its_colour(finished: RunDir):
@@ -183,7 +207,7 @@ def test_nonsense_from_a_pool_is_reported_and_the_rest_shown(finished: RunDir, n
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("t", [[1.0] * 4, [1.0] * 2, [1.0] * 4], "one t per domain and component"),
+        ("comparison", {"power": [1.0, 2.0]}, "one entry per domain in every list"),
         ("r2", [1.0], "one entry per domain in every list"),
         ("components", ["web", "old", "code", "books"], "other components than request.json"),
     ],

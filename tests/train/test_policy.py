@@ -9,11 +9,12 @@ import pytest
 
 from opmix_dist.config import check_config
 from opmix_dist.data.catalogue import Catalogue
+from opmix_dist.data.mixtures import chosen_mixture
 from opmix_dist.data.sampler import MixtureSampler
 from opmix_dist.exchange.schemas import SearchStage, SearchStatus
+from opmix_dist.pool.requests import share_caps
 from opmix_dist.train import policy
-from opmix_dist.train.policy import Pulse, chosen_mixture, share_caps
-from opmix_dist.train.state import TrainerState
+from opmix_dist.train.policy import Pulse
 from tests.conftest import DOMAINS
 from tests.train.jobs import BATCH, LENGTH, tiny_config
 
@@ -31,25 +32,20 @@ def test_named_mixtures(catalogue: Catalogue) -> None:
     assert chosen_mixture({"prose": 1.0}, catalogue) == {"json": 0.0, "prose": 1.0, "python": 0.0}
 
 
-def state_of(read: dict[str, int], step: int) -> TrainerState:
-    """``read``: samples of each domain so far."""
-    tokens = {name: count * LENGTH for name, count in read.items()}
-    even = dict.fromkeys(DOMAINS, 1 / 3)
-    return TrainerState(
-        step=step, weights=even, domain_tokens=tokens, content={}, world_size=1, global_batch_size=BATCH
-    )
+LEFT = 96 * LENGTH
+"""16 steps of 8 samples, of which 4 are done."""
 
 
 def test_caps_on_shares_by_hand(catalogue: Catalogue) -> None:
-    """16 steps of 8 samples, of which 4 are done: 96 samples are left."""
+    """96 samples are left."""
     samples, read = catalogue.samples("train").tolist(), (11, 10, 11)
-    state = state_of(dict(zip(DOMAINS, read, strict=True)), step=4)
+    tokens = {name: count * LENGTH for name, count in zip(DOMAINS, read, strict=True)}
 
-    def caps(repetitions: float | None = None, **data: object) -> list[float] | None:
+    def caps(repetitions: float | None = None, given: object = {}, **data: object) -> list[float] | None:
         config = tiny_config(catalogue.root, Path("run"))
         config["data"] |= data
-        config["search"]["proposal"] = {"max_repetitions": repetitions}
-        return share_caps(check_config(config), catalogue, state)
+        config["search"]["proposal"] = {"max_repetitions": repetitions, "caps": given}
+        return share_caps(check_config(config), catalogue, tokens, LEFT)
 
     assert caps() is None
     assert caps(0.1) == pytest.approx([(0.1 * n - r) / 96 for n, r in zip(samples, read, strict=True)])
@@ -58,6 +54,10 @@ def test_caps_on_shares_by_hand(catalogue: Catalogue) -> None:
     assert caps(max_epochs=limit) == pytest.approx([(40 - 2 - 11) / 96, 1, 1])
     assert caps(max_epochs=limit, on_exhausted="renormalize") is None
     assert caps(5 / max(samples), max_epochs=limit) == [0, 0, 0], "read more often than that already"
+    assert caps(given={"prose": 0.3}) == [1, 0.3, 1]
+    expected = (0.1 * samples[0] - 11) / 96
+    assert caps(0.1, given={"json": 0.01, "prose": 1.0})[0] == min(0.01, expected)
+    assert caps(0.1, given={"json": 1.0})[0] == pytest.approx(expected), "the tighter of the two counts"
     assert caps(max_epochs=0.1) == pytest.approx(
         [(n // 10 - 2 - r) / 96 for n, r in zip(samples, read, strict=True)]
     )
@@ -79,7 +79,8 @@ def test_a_share_at_its_cap_does_not_stop_the_run(catalogue: Catalogue, seed: in
     read = dict(zip(DOMAINS, sampler.position.drawn.tolist(), strict=True))
     config = tiny_config(catalogue.root, Path("run"))
     config["data"]["max_epochs"] = limit
-    caps = share_caps(check_config(config), catalogue, state_of(read, step=4))
+    tokens = {name: count * LENGTH for name, count in read.items()}
+    caps = share_caps(check_config(config), catalogue, tokens, LEFT)
     assert caps is not None
     assert 0 < caps[0] < 1
     sampler.set_weights({"json": caps[0], "prose": 1 - caps[0]})

@@ -1,0 +1,257 @@
+"""What a finished search writes: candidates.parquet, fit.json, proposal.json."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from opmix_dist.exchange import files
+from opmix_dist.exchange.rundir import SearchDir, write_record
+from opmix_dist.exchange.schemas import (
+    Decision,
+    Fit,
+    Gain,
+    Interval,
+    PhaseCost,
+    Proposal,
+    SearchRequest,
+)
+from opmix_dist.models.loss import paired_stderr
+from opmix_dist.pool.evaluations import Evaluations
+from opmix_dist.pool.requests import staying
+from opmix_dist.search.ask_tell import SearchResult
+from opmix_dist.search.bootstrap import Bootstrap
+from opmix_dist.search.decision import decide
+from opmix_dist.search.laws import Law, LawFit, Observations
+from opmix_dist.search.problem import Problem
+from opmix_dist.search_config import ProposalConfig
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that a search found. base, stay, landed: what was measured of the snapshot, of the model that goes
+    on as before, and at the proposal, one candidate each; measured: of all that the method asked for."""
+
+    request: SearchRequest
+    settings: ProposalConfig
+    problem: Problem
+    result: SearchResult
+    observations: Observations
+    measured: Evaluations
+    base: Evaluations
+    stay: Evaluations
+    landed: Evaluations
+    bars: Bootstrap | None
+    horizon_tokens: int
+    costs: dict[str, PhaseCost]
+
+    @property
+    def law(self) -> Law | None:
+        return self.result.fit.law if self.result.fit else None
+
+    @property
+    def u(self) -> np.ndarray:
+        return self.result.proposal.u
+
+    def predict(self, u: np.ndarray, *, averaging: bool = True) -> np.ndarray | None:
+        """Losses [D] by the law at u [K]; None without a law."""
+        return None if self.law is None else self.law.predict(u[None], averaging=averaging)[0]
+
+    @cached_property
+    def gain(self) -> Gain:
+        """Of the proposal over staying."""
+        value = self.problem.value
+        stay, landed = self.stay.losses.loss[0], self.landed.losses.loss[0]
+        slopes = self.problem.slope(stay), self.problem.slope(landed)
+        return Gain(
+            predicted=self._predicted_gain(averaging=False),
+            interval=None if self.bars is None else _interval(self.bars.gains, self.settings.confidence),
+            measured=float(value(stay) - value(landed)),
+            stderr=paired_stderr(
+                (self.stay.sums[0], slopes[0]),
+                (self.landed.sums[0], slopes[1]),
+                self.base.targets,
+                self.base.domain_ids,
+            ),
+            averaging=self._averaging_gain(),
+        )
+
+    def _predicted_gain(self, *, averaging: bool) -> float | None:
+        stay = self.predict(staying(self.request), averaging=averaging)
+        landed = self.predict(self.u, averaging=averaging)
+        if stay is None or landed is None:
+            return None
+        return float(self.problem.value(stay) - self.problem.value(landed))
+
+    def _averaging_gain(self) -> float | None:
+        """What averaging adds to the predicted gain; None for laws that do not tell it apart."""
+        whole, without = self._predicted_gain(averaging=True), self._predicted_gain(averaging=False)
+        if whole is None or without is None or whole == without:
+            return None
+        return whole - without
+
+    @cached_property
+    def decision(self) -> Decision:
+        """Measured gains decide; what averaging probes gave is no gain of the mixture and does not count."""
+        if not self.settings.no_move:
+            return Decision(move=True, reason="search.proposal.no_move is off: the proposal is taken")
+        if self.request.new_domain:
+            return Decision(
+                move=True, reason=f"{self.request.new_domain} joins: the mixture without it ends here"
+            )
+        broken = self.problem.violations(self.stay.losses.loss[0], staying(self.request))
+        if broken:
+            return Decision(move=True, reason=f"the mixture cannot stay: {'; '.join(broken)}")
+        gain = self.gain
+        found = decide(
+            gain.measured - (gain.averaging or 0.0), gain.stderr, confidence=self.settings.confidence
+        )
+        return Decision(move=found.move, reason=found.reason)
+
+
+def write_outcome(search: SearchDir, outcome: Outcome) -> None:
+    """Write the three files."""
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(list(_candidate_rows(outcome))), buffer)
+    files.write_bytes(search.candidates_file, buffer.getvalue().to_pybytes())
+    if outcome.result.fit is not None:
+        write_record(search.fit_file, fit_record(outcome.result.fit, outcome.request))
+    write_record(search.proposal_file, proposal_record(outcome))
+
+
+def _candidate_rows(outcome: Outcome) -> Iterator[dict[str, object]]:
+    """A row per candidate and domain; then the snapshot, which is candidate -1, and the proposal.
+
+    ``stderr`` is that of the loss, ``stderr_change`` that of its change from the snapshot, which the laws
+    are weighted by. ``predicted`` is the law's loss, ``left_out`` that of laws fitted to other candidates.
+    """
+    fit, U = outcome.result.fit, outcome.observations.candidates
+    nothing = np.full((1, len(outcome.request.domains)), np.nan)
+    absent = np.repeat(nothing, len(U), axis=0)
+    by_law = (absent, absent) if fit is None else (fit.predicted, fit.left_out)
+    at_proposal = outcome.predict(outcome.u)
+    for kind, first, coefficients, measured, predicted, left_out in (
+        ("candidate", 0, U, outcome.measured, *by_law),
+        ("snapshot", -1, np.zeros_like(U[:1]), outcome.base, nothing, nothing),
+        (
+            "proposal",
+            len(U),
+            outcome.u[None],
+            outcome.landed,
+            nothing if at_proposal is None else at_proposal[None],
+            nothing,
+        ),
+    ):
+        losses, changes = measured.losses, measured.changes_from(outcome.base)
+        for m, u in enumerate(coefficients):
+            x = u @ outcome.problem.expanded
+            row: dict[str, object] = {"candidate": first + m, "kind": kind}
+            row |= {f"u_{name}": float(c) for name, c in zip(outcome.request.components, u, strict=True)}
+            row |= {f"x_{name}": float(w) for name, w in zip(outcome.request.domains, x, strict=True)}
+            for d, domain in enumerate(outcome.request.domains):
+                yield row | {
+                    "domain": domain,
+                    "loss": float(losses.loss[m, d]),
+                    "stderr": float(losses.stderr[m, d]),
+                    "stderr_change": float(changes.stderr[m, d]),
+                    "tokens": int(losses.targets[d]),
+                    "predicted": float(predicted[m, d]),
+                    "left_out": float(left_out[m, d]),
+                }
+
+
+def fit_record(fit: LawFit, request: SearchRequest) -> Fit:
+    return Fit(
+        domains=request.domains,
+        components=request.components,
+        family=fit.family,
+        parameters=_parameters(fit.law),
+        r2=_finite(fit.r2),
+        spearman=_finite(fit.spearman),
+        loo_error=_finite(fit.loo_error),
+        calibration=_finite(fit.calibration),
+        comparison={family: _finite(errors) for family, errors in fit.comparison.items()},
+        warnings=list(fit.warnings),
+    )
+
+
+def _parameters(law: Law) -> dict[str, Any]:
+    """The law's arrays of numbers by name; nothing of laws that are made of other things."""
+    if not dataclasses.is_dataclass(law):
+        return {}
+    values = {field.name: getattr(law, field.name) for field in dataclasses.fields(law)}
+    return {
+        name: value.tolist()
+        for name, value in values.items()
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f" and np.isfinite(value).all()
+    }
+
+
+def proposal_record(outcome: Outcome) -> Proposal:
+    request, solution = outcome.request, outcome.result.proposal
+    confidence = outcome.settings.confidence
+
+    def by_domain(values: np.ndarray) -> dict[str, float]:
+        return dict(zip(request.domains, map(float, values), strict=True))
+
+    landed, stay = outcome.landed.losses.loss[0], outcome.stay.losses.loss[0]
+    predicted, predicted_stay = outcome.predict(outcome.u), outcome.predict(staying(request))
+    intervals = {}
+    if outcome.bars is not None:
+        ends = zip(*outcome.bars.interval(confidence), strict=True)
+        intervals = {
+            name: Interval(low=float(low), high=float(high))
+            for name, (low, high) in zip(request.domains, ends, strict=True)
+        }
+    return Proposal(
+        search=request.search,
+        step=request.step,
+        coefficients=dict(zip(request.components, map(float, solution.u), strict=True)),
+        weights=by_domain(solution.mixture),
+        current=request.current,
+        predicted=by_domain(landed if predicted is None else predicted),
+        simulated=by_domain(landed),
+        snapshot=by_domain(outcome.base.losses.loss[0]),
+        predicted_current=by_domain(stay if predicted_stay is None else predicted_stay),
+        simulated_current=by_domain(stay),
+        objective=float(solution.objective),
+        kl=_finite([solution.kl_divergence])[0],
+        horizon_tokens=outcome.horizon_tokens,
+        costs=outcome.costs,
+        objective_name=outcome.problem.objective,
+        intervals=intervals,
+        confidence=confidence if intervals else None,
+        gain=outcome.gain,
+        decision=outcome.decision,
+        rounds=outcome.result.rounds,
+        why_ended=outcome.result.why_ended,
+        warnings=list(_warnings(outcome)),
+    )
+
+
+def _warnings(outcome: Outcome) -> Iterator[str]:
+    yield from outcome.result.fit.warnings if outcome.result.fit else ()
+    if outcome.bars is not None and outcome.bars.failures:
+        yield (
+            f"{outcome.bars.failures} of {outcome.settings.bootstrap} resampled laws had no proposal and are "
+            "left out of the intervals"
+        )
+
+
+def _interval(values: np.ndarray, confidence: float) -> Interval | None:
+    """The share ``confidence`` of the values [B] lies within; None of no values."""
+    if not len(values):
+        return None
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(low=float(low), high=float(high))
+
+
+def _finite(values: np.ndarray | Sequence[float]) -> list[float | None]:
+    return [float(v) if np.isfinite(v) else None for v in values]

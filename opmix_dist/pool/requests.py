@@ -1,0 +1,119 @@
+"""What a search is asked: components, prior and bounds, from the configuration and where the model stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from opmix_dist.config import SharedConfig
+from opmix_dist.data.catalogue import Catalogue
+from opmix_dist.data.mixtures import named_mixture
+from opmix_dist.errors import UserError
+from opmix_dist.exchange.schemas import SearchRequest
+from opmix_dist.search.proposal import repetition_caps
+from opmix_dist.search.simplex import OLD, Components
+from opmix_dist.seeds import derive_seed
+
+
+def search_request(
+    config: SharedConfig,
+    catalogue: Catalogue,
+    search: str,
+    *,
+    step: int,
+    snapshot: str,
+    current: Mapping[str, float],
+    tokens_read: Mapping[str, int],
+    tokens_to_train: int | None,
+    is_checkpoint: bool = False,
+) -> SearchRequest:
+    """The request of the search named ``search``.
+
+    Args:
+        snapshot, is_checkpoint: as in :class:`~opmix_dist.exchange.schemas.SearchRequest`.
+        current: the mixture that the model was trained on, by domain.
+        tokens_read: of each domain so far.
+        tokens_to_train: on the mixture that is sought; None: not known, and nothing is capped for it.
+
+    Raises:
+        UserError: ``search.new_domain`` is all that there is, or has a share already.
+    """
+    settings = config.search
+    components = _components(config, catalogue, current)
+    prior = named_mixture(settings.proposal.prior, catalogue, current)
+    if settings.new_domain and settings.proposal.prior == "current":
+        # the current mixture would keep the new domain out for good: its nearest component is what pulls
+        prior = dict(zip(catalogue.names, components.matrix[0].tolist(), strict=True))
+    return SearchRequest(
+        search=search,
+        step=step,
+        snapshot=snapshot,
+        is_checkpoint=is_checkpoint,
+        new_domain=settings.new_domain,
+        components=list(components.names),
+        domains=list(catalogue.names),
+        composition=components.matrix.tolist(),
+        current=dict(current),
+        prior=prior,
+        floors=_by_domain(settings.proposal.floors, catalogue, 0.0),
+        caps=share_caps(config, catalogue, tokens_read, tokens_to_train),
+        base_lr=config.optimizer.lr,
+        seed=derive_seed(config.seed, "search", search),
+    )
+
+
+def _components(config: SharedConfig, catalogue: Catalogue, current: Mapping[str, float]) -> Components:
+    names, new = catalogue.names, config.search.new_domain
+    if new is None:
+        shares = np.array([current[name] for name in names])
+        return Components.for_rebalance(names, shares, config.search.probes.domain_share)
+    old = [name for name in names if name != new]
+    if not old:
+        raise UserError(f"search.new_domain {new} is the only domain of data.domains: name the old ones too")
+    if current[new] > 0:
+        raise UserError(
+            f"search.new_domain {new} has a share of {current[new]:g} in the current mixture already: leave "
+            "search.new_domain out to rebalance"
+        )
+    found = Components.for_one_new_domain(old, np.array([current[name] for name in old]), new)
+    order = [found.domains.index(name) for name in names]
+    return Components(found.names, tuple(names), found.matrix[:, order])
+
+
+def _by_domain(given: Mapping[str, float], catalogue: Catalogue, default: float) -> list[float] | None:
+    return [given.get(name, default) for name in catalogue.names] if given else None
+
+
+def share_caps(
+    config: SharedConfig, catalogue: Catalogue, tokens_read: Mapping[str, int], tokens_to_train: int | None
+) -> list[float] | None:
+    """Largest share of each domain [D], at most 1, in what is left to train; None where nothing bounds one.
+
+    A domain has at most its share in ``search.proposal.caps``, is read ``search.proposal.max_repetitions``
+    times at most over the whole run, and where it would stop the run (``data.on_exhausted``), no more than
+    its ``data.max_epochs`` either.
+    """
+    caps = _by_domain(config.search.proposal.caps, catalogue, 1.0)
+    repetitions = config.search.proposal.max_repetitions
+    stops = config.data.on_exhausted == "stop"
+    epochs = config.data.epochs_by_domain(catalogue.names) if stops else {}
+    if tokens_to_train is None or (repetitions is None and not epochs):
+        return caps
+    samples, length = catalogue.samples("train").astype(np.float64), catalogue.sequence_length
+    allowed = samples * (np.inf if repetitions is None else repetitions)
+    # the sampler may be one sample behind the mixture now, and one ahead of it at the end
+    before_stop = np.floor(samples * [epochs.get(name, np.inf) for name in catalogue.names]) - 2
+    read = np.array([tokens_read[name] for name in catalogue.names], dtype=np.float64)
+    available = np.maximum(np.minimum(allowed, before_stop) * length - read, 0.0)
+    return np.minimum(
+        repetition_caps(available, 1.0, tokens_to_train), 1.0 if caps is None else caps
+    ).tolist()
+
+
+def staying(request: SearchRequest) -> np.ndarray:
+    """Coefficients [K] of going on as before: the component ``old`` alone.
+
+    For a new domain, the mixture that is nearest to going on as before: ``old`` has a tenth of it.
+    """
+    return np.eye(len(request.components))[request.components.index(OLD)]
