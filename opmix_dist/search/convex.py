@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import cvxpy as cp
@@ -80,7 +81,9 @@ class _Compiled:
     def solve(self, law: ConvexLaw) -> np.ndarray:
         self.enter(law)
         try:
-            self.problem.solve(solver=cp.CLARABEL)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of inaccuracy: the status below says so
+                self.problem.solve(solver=cp.CLARABEL)
         except cp.SolverError as error:
             raise SolverError(f"Clarabel failed on the proposal: {error}") from error
         if self.problem.status != cp.OPTIMAL or self.weights.value is None:

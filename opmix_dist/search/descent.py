@@ -55,15 +55,15 @@ def descended(law: Law, problem: Problem, seed: int, start: np.ndarray | None = 
     else:
         starts = start[None]
     program = _Program(law, problem)
-    ends = starts
-    # Where no end is feasible: to the bounds first, and on from there.
-    for elastic in (False, True, False):
-        ends = np.vstack([ends, *(program.descend(u, elastic=elastic) for u in ends[-len(starts) :])])
-        best = _best(law, problem, ends)[0]
-        failures = problem.violations(program.losses(best), best)
-        if not failures:
-            return best
-    raise _infeasible(best, failures)
+    if problem.violations(program.losses(starts[0]), starts[0]):
+        # The starts are sorted, so none is allowed: first to where bounds are passed least.
+        ends = [program.descend(u, elastic=True) for u in starts]
+        starts = _best(law, problem, np.vstack([starts, *ends]))[: len(starts)]
+        failures = problem.violations(program.losses(starts[0]), starts[0])
+        if failures:
+            raise _infeasible(starts[0], failures)
+    ends = [program.descend(u, elastic=False) for u in starts]
+    return _best(law, problem, np.vstack([starts, *ends]))[0]
 
 
 def _infeasible(closest: np.ndarray, failures: list[str]) -> InfeasibleError:

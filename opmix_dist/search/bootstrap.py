@@ -1,0 +1,158 @@
+"""How far the proposal and the predictions would have moved with other noise: the bootstrap of a search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from opmix_dist.search.feasibility import InfeasibleError, SolverError
+from opmix_dist.search.laws import Law, LawFit, Observations
+from opmix_dist.search.problem import Problem
+from opmix_dist.search.proposal import Proposal, Proposer
+
+# A resampled loss is at least this part of the loss that the law predicts: losses are above 0.
+LEAST_PART = 0.05
+# Laws that the solver may fail on, as a part of all. Noise bends a law steep now and then.
+MOST_FAILURES = 0.2
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """What B laws say that were fitted to resampled losses.
+
+    laws: B of them; u [B, K] and mixtures [B, X]: their proposals; gains: problem.value at staying minus at
+    the search's own proposal [B], nats where the objective is in nats, empty where nobody asked;
+    optimism: by how much a law overrates the gain of the proposal that it made itself, mean of the B;
+    failures: laws on which the solver failed: they are left out of all of this.
+    """
+
+    laws: tuple[Law, ...]
+    u: np.ndarray
+    mixtures: np.ndarray
+    gains: np.ndarray
+    optimism: float = 0.0
+    failures: int = 0
+
+    def interval(self, confidence: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper ends [X] of an interval for the weight of each domain in the best mixture."""
+        return _interval(self.mixtures, confidence)
+
+    def predict_interval(
+        self, candidates: np.ndarray, confidence: float = 0.9
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper ends [M, D] of an interval for the expected losses at candidates U [M, K], without
+        the law's averaging term."""
+        draws = np.stack([law.predict(candidates, averaging=False) for law in self.laws])
+        return _interval(draws, confidence)
+
+
+def bootstrap(
+    fit: LawFit,
+    problem: Problem,
+    *,
+    count: int = 100,
+    seed: int,
+    keep: np.ndarray | None = None,
+    proposal: Proposal,
+) -> Bootstrap:
+    """Laws and proposals of ``count`` sets of losses that might as well have been measured.
+
+    Each set is the law's prediction plus residuals of randomly drawn candidates, the same candidate for all
+    losses, with a random sign. Residuals are scaled to the size of the noise as ``_noise`` tells. Standard
+    errors only say how residuals of candidates compare: their own size is that of the held-out sample, which
+    all candidates share and which moves no proposal.
+
+    Where gradients were measured the candidates are weighed at random instead, each loss with its gradient
+    (the Bayesian bootstrap): residuals of a loss and of its gradient cannot be drawn apart.
+
+    Args:
+        fit: the law of the search.
+        keep: u [K] that stands for staying, for ``gains``.
+        proposal: of ``fit.law``.
+
+    Raises:
+        ValueError: count below 2.
+        SolverError: the solver failed on more than a fifth of the laws.
+    """
+    if count < 2:
+        raise ValueError(f"a bootstrap needs a count of at least 2, got {count}")
+    rng = np.random.default_rng([seed, count])
+    losses, weights = _resampled(fit, count, rng)
+    laws = fit.fitter.fit_many(fit.observations, losses, weights, fit.law, seed=seed)
+    proposer = Proposer(problem, fit.law)
+    kept, found = [], []
+    for law in laws:
+        try:
+            found.append(proposer(law, seed=seed, start=proposal.u).u)
+        except InfeasibleError as error:
+            found.append(error.closest)  # under this law the bounds rule all out: as near as it gets
+        except SolverError:
+            continue
+        kept.append(law)
+    failures = len(laws) - len(kept)
+    if failures > MOST_FAILURES * count:
+        raise SolverError(f"the solver failed on {failures} of {count} resampled laws")
+    u = np.array(found)
+    gains, optimism = np.empty(0), 0.0
+    if keep is not None:
+        gains = np.array([_gain(problem, law, keep, proposal.u) for law in kept])
+        own = [_gain(problem, law, keep, point) for law, point in zip(kept, found, strict=True)]
+        optimism = float(np.mean(own) - np.mean([_gain(problem, fit.law, keep, point) for point in found]))
+    return Bootstrap(tuple(kept), u, u @ problem.expanded, gains, optimism, failures)
+
+
+def _resampled(fit: LawFit, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Losses [count, M, D] and weights of candidates [count, M]."""
+    measured = fit.measured
+    points, num_losses = measured.shape
+    if fit.observations.gradients is not None:
+        weights = rng.exponential(size=(count, points))
+        return np.broadcast_to(measured, (count, *measured.shape)), weights / weights.mean(1, keepdims=True)
+    residual, freedom = _noise(fit)
+    size = _relative_size(fit.observations)
+    drawn = (residual / size)[rng.integers(points, size=(count, points))]
+    drawn *= rng.choice([-1.0, 1.0], size=(count, points, 1))
+    # The size of the noise is itself known from few residuals: this makes of a normal interval Student's.
+    drawn *= np.sqrt(freedom / rng.chisquare(freedom, size=(count, 1, num_losses)))
+    floor = LEAST_PART * np.minimum(fit.predicted, measured)
+    return np.maximum(fit.predicted + drawn * size, floor), np.ones((count, points))
+
+
+def _noise(fit: LawFit) -> tuple[np.ndarray, np.ndarray]:
+    """Residuals [M, D] of the size of the noise, and the degrees of freedom that they leave [D].
+
+    Residuals e of the fit are smaller than the noise, those of candidates left out, e', are larger. In linear
+    regression e = (1 - h) e' for a candidate of leverage h, and e has (1 - h) of the noise's variance: so
+    sqrt(e e') has all of it, and sum e^2 / mean(e e') is the number of degrees of freedom. Errors of a law
+    that does not hold are in e' as well, and widen the intervals as noise does.
+    """
+    inside, outside = fit.predicted - fit.measured, fit.left_out - fit.measured
+    spread = np.ptp(fit.measured, axis=0) + np.abs(inside).max(axis=0)
+    outside = np.where(np.isfinite(outside), np.clip(outside, -spread, spread), inside)
+    outside = np.where(np.abs(outside) < np.abs(inside), inside, outside)
+    size = np.sqrt(np.abs(inside * outside))
+    square = (size**2).mean(axis=0)
+    freedom = np.divide((inside**2).sum(axis=0), square, out=np.ones_like(square), where=square > 0)
+    return np.sign(inside) * size, np.clip(freedom, 1.0, None)
+
+
+def _relative_size(observations: Observations) -> np.ndarray:
+    """Standard errors [M, D] relative to those of the loss's other candidates; 1 where none are known."""
+    stderr = observations.stderr
+    if stderr is None:
+        return np.ones_like(observations.losses)
+    mean = np.sqrt((stderr**2).mean(axis=0))
+    return np.where(mean > 0, np.maximum(stderr, 0.1 * mean) / np.where(mean > 0, mean, 1), 1.0)
+
+
+def _gain(problem: Problem, law: Law, keep: np.ndarray, u: np.ndarray) -> float:
+    values = problem.value(law.predict(np.stack([keep, u]), averaging=False))
+    return float(values[0] - values[1])
+
+
+def _interval(draws: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    return low, high
