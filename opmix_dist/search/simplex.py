@@ -23,10 +23,15 @@ TWO_PROBE_SHARES = (0.1, 0.9)
 """Share of the new domain in the two probes of a one-new-domain search (OP-Mix, arXiv 2605.15220)."""
 
 
+ROUNDING = 1e-12
+"""What the sum of a few hundred shares may be off by."""
+
+
 def require_simplex(values: np.ndarray, what: str) -> np.ndarray:
     """``values`` as float64, or ValueError unless the last axis is finite, not negative and sums to 1.
 
-    A sum that is off by less than 1e-6 (weights written with six decimals) is divided out.
+    A sum that is off by less than 1e-6 (weights written with six decimals) is divided out; one that is off by
+    rounding alone is left, so that what was checked once is not changed by the next check.
     """
     values = np.asarray(values, dtype=np.float64)
     if not np.isfinite(values).all() or (values < 0).any():
@@ -35,7 +40,7 @@ def require_simplex(values: np.ndarray, what: str) -> np.ndarray:
     if (np.abs(total - 1) > 1e-6).any():
         worst = total.flat[np.abs(total - 1).argmax()]
         raise ValueError(f"{what} must sum to 1, got a sum of {worst:.8g}")
-    return values / total
+    return np.where(np.abs(total - 1) > ROUNDING, values / total, values)
 
 
 @dataclass(frozen=True)
