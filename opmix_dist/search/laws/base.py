@@ -80,6 +80,11 @@ class Observations:
         return self.candidates if self.composition is None else self.candidates @ self.composition
 
     @property
+    def mixture_domains(self) -> Sequence[str]:
+        """Names of the X columns of ``mixtures``; empty where they are not known."""
+        return self.domains or (self.components if self.composition is None else ())
+
+    @property
     def weights(self) -> np.ndarray:
         """Of each loss in a fit [M, D], with mean 1 for each of the D losses: 1 / stderr^2.
 

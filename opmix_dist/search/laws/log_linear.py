@@ -11,10 +11,8 @@ import numpy as np
 from opmix_dist.search.laws import robust
 from opmix_dist.search.laws.base import Law, Observations
 from opmix_dist.search.laws.basis import NARROW_RIDGE, Basis
+from opmix_dist.search.laws.starts import best_of_starts
 
-# Weight per point of the ridge on (curvature, slopes) where the data do not determine a law. In these
-# coordinates a slope is the change of loss for one standard deviation of u: it is biased by one millionth.
-RIDGE = 1e-6
 # exp(t . u) that differs more than e^10-fold between components is noise that was fitted, not a law.
 STEEP = 10.0
 # A floor exp(c) below this part of the smallest loss might as well be 0: the law is a pure exponential.
@@ -77,8 +75,8 @@ class LogLinear:
     draw, away. That is of the size and kind of a loss's own residual, which is why it has the same weight.
 
     Where observations do not determine a law, or losses are constant, the answer is the flattest law that
-    fits (a ridge, see RIDGE), and slopes along directions that the candidates hardly visit are drawn towards
-    0 (NARROW_RIDGE); each with a warning.
+    fits (``robust.RIDGE``), and slopes along directions that the candidates hardly visit are drawn towards 0
+    (NARROW_RIDGE); each with a warning.
 
     huber_delta: residual, in nats, from which the penalty grows linearly; num_starts: starts per domain, the
     best of them is the answer; averaging: whether the law has its averaging term; gradient_weight: of the
@@ -104,7 +102,7 @@ class LogLinear:
         design = _Design(observations, self.averaging and _can_average(observations))
         everything = np.ones((1, len(observations.candidates)))
         problems = design.problems(self, observations.losses[None], everything)
-        theta, converged = _best_of_starts(problems, self.num_starts, seed)
+        theta, converged = best_of_starts(problems, self.num_starts, seed)
         law = design.law(theta)
         warnings = [
             *_design_warnings(design, asked_for_averaging=self.averaging),
@@ -161,10 +159,10 @@ class _Design:
         target = losses.transpose(0, 2, 1).reshape(refits * num_domains, points)
         weight = np.repeat(weights, num_domains, axis=0) * np.tile(self.observations.weights.T, (refits, 1))
         loose = np.array([not self.determined(row > 0) for row in weights])
-        flat = np.repeat(loose, num_domains) | _constant(target)
+        flat = np.repeat(loose, num_domains) | robust.constant(target)
         ridge = np.zeros((len(target), 1 + self.basis.rank + (self.feature is not None)))
         ridge[:, 1 : 1 + self.basis.rank] = NARROW_RIDGE * points * self._narrow
-        ridge[flat] = np.maximum(ridge[flat], RIDGE * points)
+        ridge[flat] = np.maximum(ridge[flat], robust.RIDGE * points)
         slopes = self._slopes(settings.gradient_weight * weight, refits) if self.sloped.any() else None
         return robust.HuberProblems(self.z, target, weight, ridge, settings.huber_delta, self.feature, slopes)
 
@@ -201,54 +199,12 @@ class _Design:
         return theta if law.averaging is None else np.column_stack([theta, law.averaging])
 
 
-def _constant(target: np.ndarray) -> np.ndarray:
-    """Rows of [P, M] that are the same at every point, but for rounding [P] bool."""
-    return np.ptp(target, axis=1) <= 1e-9 * target.mean(axis=1)
-
-
 def _can_average(observations: Observations) -> bool:
     """Whether an averaging term can be told from the rest of the law."""
     design = _Design(observations, averaging=True)
     distinct = len(np.unique(observations.candidates, axis=0))
     enough = distinct >= AVERAGING_POINTS * design.coefficients
     return enough and design.determined(np.ones(len(observations.candidates), dtype=bool))
-
-
-def _best_of_starts(
-    problems: robust.HuberProblems, num_starts: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """theta [D, parameters] of the lowest objective per domain, and whether it had converged [D]."""
-    num_domains = len(problems.target)
-    starts = _starts(problems, num_starts, np.random.default_rng(seed))  # [S, D, parameters]
-    repeated = problems.take(np.tile(np.arange(num_domains), num_starts))
-    theta, converged = robust.minimise(repeated, starts.reshape(num_starts * num_domains, -1))
-    objective = repeated.objective(theta).reshape(num_starts, num_domains)
-    best = objective.argmin(axis=0) * num_domains + np.arange(num_domains)
-    return theta[best], converged[best]
-
-
-def _starts(problems: robust.HuberProblems, num_starts: int, rng: np.random.Generator) -> np.ndarray:
-    """Starts [S, D, parameters]; a domain's do not depend on the others, the first has exact slopes."""
-    target, z = problems.target, problems.z
-    num_domains, rank = len(target), z.shape[1]
-    share = (np.arange(num_starts) + rng.uniform(0.05, 0.95, num_starts)) / num_starts
-    noise = 1 + 0.5 * rng.standard_normal((num_starts, 1, rank))
-    noise[0] = 1
-    constant = share[:, None] * target.min(axis=1)  # [S, D]
-    inputs = np.column_stack([np.ones(len(z)), z])
-    logs = np.log(target - constant[..., None])  # [S, D, M]
-    if problems.slopes is not None:  # d loss / (loss - exp(c)) is the slope of the logarithm
-        measured, rows = problems.slopes.target, problems.slopes.rows
-        lines = np.column_stack([np.zeros(rank), np.eye(rank)])
-        inputs = np.vstack([inputs, np.tile(lines, (measured.shape[1], 1))])
-        relative = measured / (target[:, rows] - constant[..., None])[..., None]  # [S, D, G, r]
-        logs = np.concatenate([logs, relative.reshape(num_starts, num_domains, -1)], axis=2)
-    line = (logs @ np.linalg.pinv(inputs).T).reshape(num_starts * num_domains, 1 + rank)
-    line[:, 1:] *= np.repeat(noise[:, 0], num_domains, axis=0)
-    theta = robust.encode(constant.ravel(), line[:, 0], line[:, 1:])
-    if problems.feature is not None:
-        theta = np.column_stack([theta, np.zeros(len(theta))])
-    return theta.reshape(num_starts, num_domains, -1)
 
 
 def _design_warnings(design: _Design, *, asked_for_averaging: bool) -> Iterator[str]:
@@ -273,7 +229,7 @@ def _design_warnings(design: _Design, *, asked_for_averaging: bool) -> Iterator[
 
 
 def _law_warnings(observations: Observations, law: LogLinearLaw, converged: np.ndarray) -> Iterator[str]:
-    constant = _constant(observations.losses.T)
+    constant = robust.constant(observations.losses.T)
     smallest = observations.losses.min(axis=0)
     for i, name in enumerate(observations.names):
         if constant[i]:

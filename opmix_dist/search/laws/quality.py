@@ -10,10 +10,9 @@ from opmix_dist.search.laws.base import Family, Law, LawFit, Observations
 FOLDS = 10
 
 
-def with_quality(
-    family: Family, observations: Observations, law: Law, warnings: tuple[str, ...], *, seed: int
-) -> LawFit:
-    """The fit of ``law`` with its quality, as ``LawFit`` describes it."""
+def fit_with_quality(family: Family, observations: Observations, *, seed: int) -> LawFit:
+    """The law of a family and its quality, as ``LawFit`` describes it."""
+    law, warnings = family.fit(observations, seed=seed)
     losses = observations.losses
     predicted = law.predict(observations.candidates)
     left_out = predict_left_out(family, observations, law, seed=seed)

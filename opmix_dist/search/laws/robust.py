@@ -19,6 +19,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.special import expit
 
+# Weight per point of the ridge on (curvature, slopes) where the data do not determine a law. In these
+# coordinates a slope is the change of loss for one standard deviation of u: it is biased by one millionth.
+RIDGE = 1e-6
 MAX_ITERATIONS = 300
 # A step that promises to gain less than this part of the objective, or than residuals of 1e-14, is the last.
 RELATIVE_DECREASE = 1e-11
@@ -168,6 +171,11 @@ class HuberProblems:
         weighted = jacobian * (weight * curvature).reshape(len(theta), -1, 1)
         normal += weighted.swapaxes(1, 2) @ jacobian
         gradient += ((weight * pull).reshape(len(theta), 1, -1) @ jacobian)[:, 0]
+
+
+def constant(target: np.ndarray) -> np.ndarray:
+    """Rows of [P, M] that are the same at every point, but for rounding [P] bool."""
+    return np.ptp(target, axis=1) <= 1e-9 * target.mean(axis=1)
 
 
 def _huber(residual: np.ndarray, delta: float) -> np.ndarray:
