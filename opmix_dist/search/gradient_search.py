@@ -19,12 +19,14 @@ from opmix_dist.search.proposal import Proposal, propose
 # lowered where it falls by the second.
 SUFFICIENT, GOOD = 0.1, 0.75
 # Damping to begin with, as a part of a loss's slope, and what changes it.
-DAMPING, RAISED, LOWERED = 0.01, 8.0, 0.25
+DAMPING, RAISED, LOWERED = 0.1, 8.0, 0.25
 # A nat, or a share, by which a bound is passed counts as this many nats of the objective: more than what
 # moving a bound is worth, or points beyond it would be preferred.
 PENALTY = 10.0
 # Part of a loss that its slopes are taken to come from, at first.
 REDUCIBLE = 0.3
+# Evaluated mixtures, the nearest, from which the curvature around a centre is learnt.
+MEMORY = 4
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,10 @@ class GradientSearch(MixtureSearch):
     """Evaluates one mixture at a time, losses and gradients, and moves where they point: no laws.
 
     Each step minimises the problem, KL and bounds included, over local models of the losses: their gradients,
-    a curvature of each that is learnt from how gradients change (damped BFGS), and damping that rises where a
-    step does not bring what it promised and falls where it does (Levenberg-Marquardt). It ends when no step
-    promises more than ``tolerance`` nats. The proposal is the best evaluated mixture that keeps the bounds to
-    within that.
+    a curvature of each that is learnt from the gradients at other mixtures (damped BFGS), and damping that
+    rises where a step does not bring what it promised and falls where it does (Levenberg-Marquardt). It ends
+    when no step promises more than ``tolerance`` nats. The proposal is the best evaluated mixture that keeps
+    the bounds to within that.
 
     start: u [K], where it begins, for example the current mixture.
     """
@@ -85,7 +87,6 @@ class GradientSearch(MixtureSearch):
         self._max_evaluations, self._tolerance = max_evaluations, tolerance
         self._damping = DAMPING
         self._centre: Observations | None = None  # one row: where the next step begins
-        self._curvature = np.empty(0)  # [D, K, K], set with the first centre
         self._promised = 0.0  # by which the merit should fall with the step that was asked
         self._why_ended = "the mixture that was asked waits for its losses"
 
@@ -93,9 +94,8 @@ class GradientSearch(MixtureSearch):
         told = self._told[-1]
         if self._centre is None:
             self._centre = told
-            self._curvature = _first_curvature(told)
         else:
-            self._learn(self._centre, told)
+            self._move(self._centre, told)
         if self.rounds == self._max_evaluations:
             self._why_ended = f"all {self.rounds} evaluations are used"
             return None
@@ -117,16 +117,16 @@ class GradientSearch(MixtureSearch):
         assert self._centre is not None
         gradients = _gradients(self._centre)
         slope = np.linalg.norm(_along_simplex(gradients), axis=1)
-        damped = self._curvature + self._damping * slope[:, None, None] * np.eye(gradients.shape[1])
-        return LocalModel(self._centre.candidates[0], self._centre.losses[0], gradients, damped)
-
-    def _learn(self, centre: Observations, told: Observations) -> None:
-        """From the step that was tried: curvature, damping, and whether it is taken."""
-        moved = told.candidates[0] - centre.candidates[0]
-        turned = _along_simplex(_gradients(told) - _gradients(centre))
-        self._curvature = np.stack(
-            [_updated(H, moved, y) for H, y in zip(self._curvature, turned, strict=True)]
+        damping = self._damping * slope[:, None, None] * np.eye(gradients.shape[1])
+        return LocalModel(
+            self._centre.candidates[0],
+            self._centre.losses[0],
+            gradients,
+            _curvature(self._centre, self._told) + damping,
         )
+
+    def _move(self, centre: Observations, told: Observations) -> None:
+        """Take the step that was tried, or not, and trust the next one more or less."""
         fell = self._merit(centre) - self._merit(told)  # inf if the prior forbids the start: then it is left
         if fell < SUFFICIENT * self._promised:
             self._damping = max(self._damping, DAMPING) * RAISED
@@ -181,22 +181,31 @@ def _along_simplex(gradients: np.ndarray) -> np.ndarray:
     return gradients - gradients.mean(axis=-1, keepdims=True)
 
 
-def _first_curvature(told: Observations) -> np.ndarray:
-    """H [D, K, K] of L = C + exp(t . u) with slopes g: g g^T / exp(t . u), exp(t . u) taken for a part of L.
+def _curvature(centre: Observations, told: Sequence[Observations]) -> np.ndarray:
+    """H [D, K, K] around a centre: a first guess, and how gradients turn towards the mixtures that lie
+    nearest, the nearest last, which counts most.
 
-    Only a first guess, right to a factor; without it the first steps are half as good.
+    The guess is that of L = C + exp(t . u) with slopes g: g g^T / exp(t . u), exp(t . u) a fixed part of L.
+    It is right to a factor only; without it the first steps are half as good.
     """
-    slopes = _along_simplex(_gradients(told))
-    return np.einsum("ik,il->ikl", slopes, slopes) / (REDUCIBLE * told.losses[0])[:, None, None]
+    slopes = _along_simplex(_gradients(centre))
+    curvature = np.einsum("ik,il->ikl", slopes, slopes) / (REDUCIBLE * centre.losses[0])[:, None, None]
+    others = [other for other in told if other is not centre]
+    others.sort(key=lambda other: -np.abs(other.candidates - centre.candidates).sum())
+    for other in others[-MEMORY:]:
+        step = other.candidates[0] - centre.candidates[0]
+        turned = _along_simplex(_gradients(other) - _gradients(centre))
+        curvature = np.stack([_updated(H, step, y) for H, y in zip(curvature, turned, strict=True)])
+    return curvature
 
 
-def _updated(curvature: np.ndarray, moved: np.ndarray, turned: np.ndarray) -> np.ndarray:
-    """H [K, K] after a step [K] that turned the gradient [K]: BFGS, damped where the loss is not convex along
-    the step, so that H stays positive semidefinite (Powell, 1978; Nocedal and Wright, procedure 18.2)."""
-    across = curvature @ moved
-    known, seen = moved @ across, moved @ turned
+def _updated(curvature: np.ndarray, step: np.ndarray, turned: np.ndarray) -> np.ndarray:
+    """H [K, K] that knows a step [K], which turned the gradient by [K]: BFGS, damped where the loss is not
+    convex along the step, so that H stays positive semidefinite (Powell, 1978; Nocedal and Wright, 18.2)."""
+    across = curvature @ step
+    known, seen = step @ across, step @ turned
     if known <= 0:  # nothing is known along the step: there is nothing to take away
         return curvature + np.outer(turned, turned) / seen if seen > 0 else curvature
     part = 1.0 if seen >= 0.2 * known else 0.8 * known / (known - seen)
     blend = part * turned + (1 - part) * across
-    return curvature - np.outer(across, across) / known + np.outer(blend, blend) / (moved @ blend)
+    return curvature - np.outer(across, across) / known + np.outer(blend, blend) / (step @ blend)
