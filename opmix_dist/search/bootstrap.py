@@ -8,6 +8,7 @@ import numpy as np
 
 from opmix_dist.search.feasibility import InfeasibleError, SolverError
 from opmix_dist.search.laws import Law, LawFit, Observations
+from opmix_dist.search.laws.log_linear import LogLinear
 from opmix_dist.search.problem import Problem
 from opmix_dist.search.proposal import Proposal, Proposer
 
@@ -63,7 +64,7 @@ def bootstrap(
     errors only say how residuals of candidates compare: their own size is that of the held-out sample, which
     all candidates share and which moves no proposal.
 
-    Where gradients were measured the candidates are weighed at random instead, each loss with its gradient
+    Where gradients were fitted the candidates are weighed at random instead, each loss with its gradient
     (the Bayesian bootstrap): residuals of a loss and of its gradient cannot be drawn apart.
 
     Args:
@@ -106,7 +107,7 @@ def _resampled(fit: LawFit, count: int, rng: np.random.Generator) -> tuple[np.nd
     """Losses [count, M, D] and weights of candidates [count, M]."""
     measured = fit.measured
     points, num_losses = measured.shape
-    if fit.observations.gradients is not None:
+    if fit.observations.gradients is not None and isinstance(fit.fitter, LogLinear):
         weights = rng.exponential(size=(count, points))
         return np.broadcast_to(measured, (count, *measured.shape)), weights / weights.mean(1, keepdims=True)
     residual, freedom = _noise(fit)

@@ -25,7 +25,7 @@ class ConvexProgram:
 
     def __init__(self, problem: Problem, proximity: Proximity | None = None) -> None:
         self.problem, self.proximity = problem, proximity
-        self._compiled: dict[tuple[type, int, bool], _Compiled] = {}
+        self._compiled: dict[bool, _Compiled] = {}
 
     def solve(self, law: ConvexLaw) -> np.ndarray:
         """u [K] of the least total.
@@ -48,13 +48,17 @@ class ConvexProgram:
             message = "no mixture that caps and floors allow keeps the losses within their bounds"
             raise InfeasibleError(f"{message}: {least_amounts(failures)}", closest, failures) from None
 
+    @staticmethod
+    def reuses(law: ConvexLaw) -> bool:
+        """Whether what was compiled for one law of this kind serves for all."""
+        return isinstance(law, LogLinearLaw)
+
     def _program(self, law: ConvexLaw, *, elastic: bool) -> _Compiled:
-        if not isinstance(law, LogLinearLaw):
+        if not self.reuses(law):
             return _Compiled(self.problem, law, self.proximity, elastic)
-        key = (LogLinearLaw, len(law.t), elastic)
-        if key not in self._compiled:
-            self._compiled[key] = _Compiled(self.problem, law, self.proximity, elastic)
-        return self._compiled[key]
+        if elastic not in self._compiled:
+            self._compiled[elastic] = _Compiled(self.problem, law, self.proximity, elastic)
+        return self._compiled[elastic]
 
 
 class _Compiled:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,7 +57,8 @@ def propose(
 
     Args:
         seed: of the points that descents begin from.
-        start: u [K], to begin from where the law is not convex, in place of those points.
+        start: u [K], to begin from in place of those points: near the optimum it takes a fraction of the
+            time. Programs that are compiled already do not need it.
         proximity: (centre [K], weight) adds weight KL(u || centre); for convex laws.
 
     Raises:
@@ -70,24 +70,17 @@ def propose(
 
 
 class Proposer:
-    """``propose`` for many laws of one family: what can be prepared once is prepared once.
+    """``propose`` for many laws: what can be prepared once is prepared once.
 
-    law: any of the family. The errors are those of ``propose``; those that do not depend on the law's
+    law: one of them, for the shapes. The errors are those of ``propose``; those that do not depend on a law's
     coefficients (shapes, caps, floors) are raised here.
     """
 
     def __init__(self, problem: Problem, law: Law, *, proximity: Proximity | None = None) -> None:
         _require_fit(law, problem)
         require_feasible_shares(problem)
-        self.problem = problem
-        self._solve: Callable[[Law, int, np.ndarray | None], tuple[np.ndarray, str]]
-        if isinstance(law, ConvexLaw):
-            self._program = ConvexProgram(problem, proximity)
-            self._solve = self._convex
-        elif proximity is not None:
-            raise ValueError(f"proximity needs a convex law, {type(law).__name__} is not")
-        else:
-            self._solve = self._smooth if _has_gradient(law, problem) else self._in_steps
+        self.problem, self.proximity = problem, proximity
+        self._program = ConvexProgram(problem, proximity)
 
     def __call__(self, law: Law, *, seed: int = 0, start: np.ndarray | None = None) -> Proposal:
         u, status = self._solve(law, seed, start)
@@ -102,14 +95,13 @@ class Proposer:
             solver_status=status,
         )
 
-    def _convex(self, law: Law, seed: int, start: np.ndarray | None) -> tuple[np.ndarray, str]:
-        assert isinstance(law, ConvexLaw)
-        return self._program.solve(law), "optimal"
-
-    def _smooth(self, law: Law, seed: int, start: np.ndarray | None) -> tuple[np.ndarray, str]:
-        return descended(law, self.problem, seed, start), "best of several descents"
-
-    def _in_steps(self, law: Law, seed: int, start: np.ndarray | None) -> tuple[np.ndarray, str]:
+    def _solve(self, law: Law, seed: int, start: np.ndarray | None) -> tuple[np.ndarray, str]:
+        if isinstance(law, ConvexLaw) and (start is None or self._program.reuses(law) or self.proximity):
+            return self._program.solve(law), "optimal"
+        if self.proximity is not None:
+            raise ValueError(f"proximity needs a convex law, {type(law).__name__} is not")
+        if _has_gradient(law, self.problem):
+            return descended(law, self.problem, seed, start), "best of several descents"
         return sampled(law, self.problem, seed, start), "mean of the best points"
 
 
