@@ -79,7 +79,7 @@ def _infeasible(closest: np.ndarray, failures: list[str]) -> InfeasibleError:
 
 
 def _points(problem: Problem, seed: int, number: int) -> np.ndarray:
-    """U [N, K] that caps and floors allow: corners, and about ``number`` mixtures of corners and points of the
+    """U [N, K] that caps and floors allow: corners, and ``number`` mixtures of corners and points of the
     simplex, half of them spread evenly and half near few components, drawn in to the middle until allowed."""
     rng = np.random.default_rng([seed, 0])
     hull = corners(problem, len(problem.usable), rng)
