@@ -105,8 +105,7 @@ class EvalConfig(Section):
 class RegressionConfig(Section):
     type: str = Field(
         "log_linear",
-        description="olmix's log_linear, lightgbm, gp or bimix, or a family of ours: log_linear, power, "
-        "quadratic, trees, gaussian_process, or auto, which compares them by cross-validation",
+        description="log_linear, power (bimix), quadratic, trees (lightgbm), gaussian_process (gp), or auto",
     )
     seed: int = Field(0, ge=0, description="of the fit, the split, and the resampling")
     n_test: int = Field(0, ge=0, description="runs that are held out of the fit to test it")
@@ -232,8 +231,6 @@ class FitConfig(Section):
             raise ValueError("constraints.enabled needs constraints.target_tokens")
         if self.constraints.enabled and self.priors.token_counts is None:
             raise ValueError("constraints.enabled needs priors.token_counts")
-        if self.regression.aggregate_task_families and not self.eval.tasks:
-            raise ValueError("regression.aggregate_task_families needs the families in eval.tasks")
         objective = self.objective
         needs = objective.type in ("relative", "worst_change") or objective.max_increase is not None
         if needs and objective.reference is None and self.current is None:

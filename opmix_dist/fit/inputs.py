@@ -98,7 +98,9 @@ def choose_metrics(table: Table, config: FitConfig) -> Table:
     ]
     listed = [name for names in families.values() for name in names] or table.names
     columns = {name: table.column(name) for name in listed if name not in dropped}
-    if config.regression.aggregate_task_families:
+    if config.regression.aggregate_task_families and not families:
+        notes.append("regression.aggregate_task_families: eval.tasks names no family, so each metric counts")
+    elif config.regression.aggregate_task_families:
         columns = {
             family: np.mean([columns[name] for name in names if name in columns], axis=0)
             for family, names in families.items()

@@ -16,7 +16,7 @@ from opmix_dist.atomic import write_bytes, write_json
 from opmix_dist.fit.analysis import Analysis, Outcome
 from opmix_dist.fit.config import FitConfig, SwarmConfig
 from opmix_dist.fit.plots import fit_page
-from opmix_dist.mixture_files import MixtureSource, write_mixture_files
+from opmix_dist.mixture_files import FORMATS, MixtureSource, write_mixture_files
 from opmix_dist.search.laws import LawFit, LogLinearLaw
 from opmix_dist.settings import to_yaml
 
@@ -42,7 +42,8 @@ def write_outputs(analysis: Analysis, folder: Path, sources: Mapping[str, Mixtur
     write_bytes(files[2], to_yaml(_from_anywhere(analysis.config)).encode())
     write_bytes(files[3], fit_page(analysis))
     if analysis.outcome is None:
-        (folder / PROPOSAL).unlink(missing_ok=True)
+        for stale in (PROPOSAL, *(f"{MIXTURE}/{name}" for name, _ in FORMATS.values())):
+            (folder / stale).unlink(missing_ok=True)
         return files
     record = proposal_record(analysis, analysis.outcome)
     mixtures = write_mixture_files(folder / MIXTURE, record["weights"], sources)
