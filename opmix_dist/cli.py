@@ -16,10 +16,11 @@ from opmix_dist.errors import UserError
 from opmix_dist.fit_command import add_fit_command
 from opmix_dist.mixture_command import add_mixture_command
 from opmix_dist.process import end_process
+from opmix_dist.search_command import add_search_command
 from opmix_dist.what_if_command import add_what_if
 
 TOKEN_DTYPES = ("uint16", "uint32", "int32", "int64")
-WITH_SETTINGS = ("train", "fit")
+WITH_SETTINGS = ("train", "search", "fit")
 """Commands that take any setting of their configuration as ``--dotted.key value``."""
 
 
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     pool.add_argument("--run", dest="run_dir", required=True, type=Path, help="the trainers' run directory")
     pool.set_defaults(run=_pool)
 
+    add_search_command(commands)
     add_fit_command(commands)
     add_mixture_command(commands)
 

@@ -91,14 +91,13 @@ def test_another_tokenizer_is_noticed(tiny_data: Path, tmp_path: Path, capsys) -
 
 def test_a_folder_that_is_no_run_is_left_alone(tiny_data: Path, tmp_path: Path) -> None:
     from opmix_dist.errors import UserError
-    from opmix_dist.train.job import Job
+    from opmix_dist.exchange.opening import check_earlier_attempt
 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("mine")
     config = load_config(written(tmp_path, tiny_config(tiny_data, tmp_path / "run")))
-    job = Job(RunDir(tmp_path / "run"), config, None, None, {})
     with pytest.raises(UserError, match="holds thesis.tex but is no run"):
-        job._check_earlier_attempt()
+        check_earlier_attempt(RunDir(tmp_path / "run"), config, ())
 
 
 def test_a_snapshot_without_its_marker_fails_the_search_by_name(tiny_data: Path, tmp_path: Path) -> None:

@@ -176,6 +176,11 @@ class Proposal(Record):
     """Why there were no more."""
     warnings: list[str] = Field(default_factory=list)
 
+    @property
+    def chosen(self) -> dict[str, float]:
+        """The mixture that the decision is for: the proposal, or the current one where it stays."""
+        return self.weights if self.decision is None or self.decision.move else self.current
+
     @model_validator(mode="after")
     def _same_domains(self) -> Proposal:
         for name in (

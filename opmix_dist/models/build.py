@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from opmix_dist.config import ModelConfig
+from opmix_dist.data.catalogue import Catalogue, tokenizer_fingerprint
 from opmix_dist.errors import UserError
 
 
@@ -44,6 +45,22 @@ def build_model(
             f"{vocab_size} tokens; prepare the data with this model's tokenizer"
         )
     return model
+
+
+def check_tokenizer(config: ModelConfig, catalogue: Catalogue) -> None:
+    """A checkpoint folder that brings a tokenizer must bring the one that made the shards.
+
+    Raises:
+        UserError: it is another one; training would run, on token ids that mean something else.
+    """
+    folder = Path(config.checkpoint or "")
+    if not config.checkpoint or not (folder / "tokenizer.json").is_file():
+        return
+    if tokenizer_fingerprint(folder) != catalogue.tokenizer_fingerprint:
+        raise UserError(
+            f"model.checkpoint {folder} has another tokenizer than the shards in {catalogue.root}: "
+            f"prepare the data with `--tokenizer {folder}`"
+        )
 
 
 def _fresh(config: ModelConfig, vocab_size: int, token_ids: dict[str, int | None]) -> PreTrainedModel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -14,6 +14,14 @@ from opmix_dist.exchange.schemas import SearchRequest
 from opmix_dist.search.proposal import repetition_caps
 from opmix_dist.search.simplex import OLD, Components
 from opmix_dist.seeds import derive_seed
+
+
+def check_components(domains: Sequence[str]) -> None:
+    """UserError where a domain bears the name of a component that is none."""
+    if OLD in domains:
+        raise UserError(
+            f"a domain cannot be named `{OLD}`: it is the component of what was trained on so far"
+        )
 
 
 def search_request(

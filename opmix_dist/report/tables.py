@@ -7,7 +7,7 @@ baseline of every comparison.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from rich.text import Text
 
 from opmix_dist.errors import UserError
 from opmix_dist.exchange.rundir import RunDir
-from opmix_dist.exchange.schemas import EvalLine, PhaseCost
+from opmix_dist.exchange.schemas import EvalLine, PhaseCost, Proposal
 from opmix_dist.report import words
 from opmix_dist.report.reading import final_line, read_run
 
@@ -137,6 +137,53 @@ def comparison_table(runs: Sequence[tuple[str, RunDir]]) -> Group:
         _mixture_table(labels, [summary.mixture for summary in summaries]),
         _cost_table(labels, costs),
     )
+
+
+def proposal_tables(proposal: Proposal) -> list[Table]:
+    """What a search found: shares with intervals, losses of staying and of moving, and the gain."""
+    return [_shares_table(proposal), _landing_table(proposal), *_gain_tables(proposal)]
+
+
+def _shares_table(proposal: Proposal) -> Table:
+    columns = ["before", "proposed"]
+    if proposal.confidence is not None:
+        columns.append(f"{words.percent(proposal.confidence)} interval")
+    table = _table("Mixture", ["domain"], columns)
+    for name, weight in proposal.weights.items():
+        interval = proposal.intervals.get(name)
+        ends = [f"{words.share(interval.low)} to {words.share(interval.high)}"] if interval else []
+        table.add_row(Text(name), words.share(proposal.current[name]), words.share(weight), *ends)
+    return table
+
+
+def _landing_table(proposal: Proposal) -> Table:
+    """Losses at the horizon of the probes."""
+    by_column = {
+        "snapshot": proposal.snapshot,
+        "stay\npredicted": proposal.predicted_current,
+        "stay\nsimulated": proposal.simulated_current,
+        "move\npredicted": proposal.predicted,
+        "move\nsimulated": proposal.simulated,
+    }
+    horizon = words.si(proposal.horizon_tokens)
+    table = _table(
+        f"Held-out loss (nats per token), {horizon} tokens ahead", ["domain"], [*by_column, "move − stay"]
+    )
+    for name in proposal.weights:
+        change = proposal.simulated[name] - proposal.simulated_current[name]
+        losses = (words.loss(losses[name]) for losses in by_column.values())
+        table.add_row(Text(name), *losses, words.signed(change))
+    return table
+
+
+def _gain_tables(proposal: Proposal) -> Iterator[Table]:
+    if proposal.gain is None:
+        return
+    title = f"Gain of moving ({proposal.objective_name} loss, nats per token; above 0 is better)"
+    table = _table(title, ["known from"], ["gain"])
+    for what, text in words.gain(proposal.gain, proposal.confidence).items():
+        table.add_row(what, text)
+    yield table
 
 
 def _table(title: str, first: Sequence[str], numbers: Sequence[str], caption: str | None = None) -> Table:

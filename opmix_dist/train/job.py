@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import platform
-from pathlib import Path
-from typing import IO
 
 import numpy
 import torch
@@ -14,7 +12,7 @@ import transformers
 from opmix_dist import __version__
 from opmix_dist.config import RESUME_MAY_CHANGE, RunConfig
 from opmix_dist.data.build import held_out_samples, open_data, read_options
-from opmix_dist.data.catalogue import Catalogue, tokenizer_fingerprint
+from opmix_dist.data.catalogue import Catalogue
 from opmix_dist.data.loader import EvalSet, MixtureLoader
 from opmix_dist.data.mixtures import chosen_mixture
 from opmix_dist.distributed import Placement, Role, World, has_launcher, use_deterministic_kernels
@@ -22,17 +20,17 @@ from opmix_dist.engines.base import Engine
 from opmix_dist.engines.build import build_engine
 from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
+from opmix_dist.exchange.opening import open_run
 from opmix_dist.exchange.rundir import RunDir, write_record
 from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, Summary
 from opmix_dist.ledger import Ledger
 from opmix_dist.logs import set_up_logging
-from opmix_dist.models.build import build_model
+from opmix_dist.models.build import build_model, check_tokenizer
 from opmix_dist.models.lora import require_adaptable
+from opmix_dist.pool.requests import check_components
 from opmix_dist.pool.supervisor import Supervisor
-from opmix_dist.process import die_with_parent, lock_run
-from opmix_dist.search.simplex import OLD
+from opmix_dist.process import die_with_parent
 from opmix_dist.seeds import derive_seed
-from opmix_dist.settings import changed_settings
 from opmix_dist.train.callbacks import (
     Callback,
     CheckpointCallback,
@@ -69,7 +67,7 @@ def run_job(config: RunConfig) -> None:
     for step, chosen in config.mixture.schedule.items():
         chosen_mixture(chosen, catalogue, f"mixture.schedule.{step}")
     check_config_against(config, catalogue, placement)
-    check_tokenizer(config, catalogue)
+    check_tokenizer(config.model, catalogue)
     if config.deterministic:
         use_deterministic_kernels()
     world = World.join(placement, device=config.engine.device, timeout_s=config.engine.collective_timeout_s)
@@ -89,27 +87,9 @@ def check_config_against(config: RunConfig, catalogue: Catalogue, placement: Pla
             f"train.global_batch_size {config.train.global_batch_size} must be a multiple of "
             f"train.micro_batch_size x trainer ranks = {config.train.micro_batch_size} x {placement.size}"
         )
-    if config.mixture.policy == "opmix" and OLD in catalogue.names:
-        raise UserError(
-            f"a domain cannot be named `{OLD}`: it is the component of what was trained on so far"
-        )
+    if config.mixture.policy == "opmix":
+        check_components(catalogue.names)
     config.search.check_domains(catalogue.names, str(catalogue.root))
-
-
-def check_tokenizer(config: RunConfig, catalogue: Catalogue) -> None:
-    """A checkpoint folder that brings a tokenizer must bring the one that made the shards.
-
-    Raises:
-        UserError: it is another one; training would run, on token ids that mean something else.
-    """
-    folder = Path(config.model.checkpoint or "")
-    if not config.model.checkpoint or not (folder / "tokenizer.json").is_file():
-        return
-    if tokenizer_fingerprint(folder) != catalogue.tokenizer_fingerprint:
-        raise UserError(
-            f"model.checkpoint {folder} has another tokenizer than the shards in {catalogue.root}: "
-            f"prepare the data with `--tokenizer {folder}`"
-        )
 
 
 class Job:
@@ -122,7 +102,7 @@ class Job:
         self.catalogue, self.weights = catalogue, weights
 
     def run_to_end(self) -> None:
-        lock = self._open_run()
+        lock = open_run(self.run, self.config, self.world, RESUME_MAY_CHANGE)
         if self._already_ended():
             if self.world.is_leader:
                 log.info("%s has ended already: nothing to do", self.run.path)
@@ -136,37 +116,6 @@ class Job:
         self.world.barrier()
         if lock is not None:
             lock.close()
-
-    def _open_run(self) -> IO[str] | None:
-        """Collective. Lock and check the run directory on the leader."""
-        lock, failure = None, None
-        if self.world.is_leader:
-            try:
-                lock = lock_run(self.run.path)
-                self._check_earlier_attempt()
-            except (UserError, OSError) as error:
-                failure = str(error)
-        text = self.world.share_text((failure or "") if self.world.is_leader else None)
-        if text:
-            raise UserError(text)
-        return lock
-
-    def _check_earlier_attempt(self) -> None:
-        if not self.run.config_file.exists():
-            others = [p.name for p in self.run.path.iterdir() if not p.name.startswith(".")]
-            if others:
-                raise UserError(
-                    f"run_dir {self.run.path} holds {others[0]} but is no run: choose an empty folder"
-                )
-            return
-        if self.config.resume == "never":
-            raise UserError(f"run_dir {self.run.path} holds a run and resume is never: choose another folder")
-        changed = changed_settings(self.run.config(), self.config, RESUME_MAY_CHANGE)
-        if changed:
-            raise UserError(
-                f"run_dir {self.run.path} was started with other settings ({', '.join(changed)}): "
-                "put them back to resume it, or choose another run_dir"
-            )
 
     def _already_ended(self) -> bool:
         """Collective."""
