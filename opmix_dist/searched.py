@@ -16,7 +16,6 @@ from opmix_dist.fit.outputs import SETTINGS
 from opmix_dist.pool.requests import staying
 from opmix_dist.pool.solving import search_problem
 from opmix_dist.report.reading import Candidates, SearchView, read_search
-from opmix_dist.report.run_data import is_run
 from opmix_dist.report.what_if import Searched
 from opmix_dist.search.bootstrap import bootstrap
 from opmix_dist.search.laws import Law, LawFit, Observations, fit_law
@@ -30,6 +29,11 @@ RESAMPLED = 100
 SAME = 1e-4
 """Nats by which a law that is fitted again may differ: more is another law."""
 
+NO_LAWS = (
+    "this search descended along gradients without laws: these were fitted to what it evaluated on its way, "
+    "and know little of mixtures away from it"
+)
+
 
 def read_searched(place: Path, search: str | None = None, confidence: float | None = None) -> Searched:
     """What ``place`` found.
@@ -41,8 +45,9 @@ def read_searched(place: Path, search: str | None = None, confidence: float | No
     Raises:
         UserError: ``place`` holds no finished search and no fit, or what it holds is invalid; names the file.
     """
-    if is_run(place):
-        return _of_run(RunDir(place), search, confidence)
+    run = RunDir(place)
+    if run.config_file.is_file():
+        return _of_run(run, search, confidence)
     if search is not None:
         raise UserError(f"{place} is no run directory: --search names a search of one")
     if (place / SETTINGS).is_file():
@@ -59,8 +64,6 @@ def _of_run(run: RunDir, name: str | None, confidence: float | None) -> Searched
             f"search {view.name} of {run.path} cannot be read: {'; '.join(view.problems) or missing}"
         )
     settings = run.any_config().search
-    if settings.method != "law":
-        raise UserError(f"search {view.name} of {run.path} descended along gradients: it has no laws to ask")
     reference = np.array([proposed.snapshot[domain] for domain in request.domains])
     problem = search_problem(request, settings.proposal, reference)
     observations = _observations(view.candidates, request, problem)
@@ -80,7 +83,7 @@ def _of_run(run: RunDir, name: str | None, confidence: float | None) -> Searched
         current=staying(request),
         proposal=u,
         confidence=confidence or settings.proposal.confidence,
-        notes=_differences(fit.law, u, proposed, request),
+        notes=(NO_LAWS,) if settings.method == "gradient" else _differences(fit.law, u, proposed, request),
     )
 
 
@@ -115,6 +118,7 @@ def _observations(candidates: Candidates, request: SearchRequest, problem: Probl
             U[:, 0],
             candidates.loss[table],
             candidates.stderr_change[table],
+            None if candidates.gradients is None else candidates.gradients[table],
             composition=problem.composition,
             names=request.domains,
             components=request.components,
@@ -156,8 +160,8 @@ def _differences(
     if apart[worst] <= SAME:
         return ()
     return (
-        f"fitted again, the law says {apart[worst]:.4f} nats another loss of {request.domains[worst]} at the "
-        "proposal than proposal.json: settings, files or this program have changed since",
+        f"fitted again, the law's loss of {request.domains[worst]} at the proposal is {apart[worst]:.4f} "
+        "nats from what proposal.json has: settings, files or this program have changed since",
     )
 
 

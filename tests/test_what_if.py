@@ -6,16 +6,18 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from opmix_dist.cli import main
 from opmix_dist.config import check_config
 from opmix_dist.errors import UserError
-from opmix_dist.exchange.rundir import RunDir, read_record, write_record
+from opmix_dist.exchange.rundir import RunDir, SearchDir, read_record, write_record
 from opmix_dist.exchange.schemas import Proposal, SearchStage, SearchStatus
 from opmix_dist.pool.solving import error_bars, search_method, search_problem
 from opmix_dist.searched import read_searched
-from tests.report.runs import COMPOSITION, DOMAINS, LAW, UNIFORM, RunWriter
+from tests.report.runs import COMPONENTS, COMPOSITION, DOMAINS, LAW, UNIFORM, RunWriter
 
 
 @pytest.fixture
@@ -130,6 +132,30 @@ def test_intervals_hold_the_truth_at_ten_mixtures(run: RunDir):
     inside = (band.low <= truth) & (truth <= band.high)
     assert inside.mean() >= 0.9
     assert (band.high - band.low).mean() < 0.1
+
+
+def with_gradients(search: SearchDir, candidates: int) -> None:
+    """Leave the first candidates only, with noiseless losses and gradients by LAW."""
+    rows = pq.read_table(search.candidates_file).to_pylist()
+    rows = [row for row in rows if row["kind"] != "candidate" or row["candidate"] < candidates]
+    for row in rows:
+        if row["kind"] == "candidate":
+            u, d = np.array([row[f"u_{name}"] for name in COMPONENTS]), DOMAINS.index(row["domain"])
+            row["loss"] = float(LAW.predict(u[None])[0, d])
+            slopes = LAW.gradient(u)[d].tolist()
+            row |= {f"gradient_{name}": slope for name, slope in zip(COMPONENTS, slopes, strict=True)}
+    pq.write_table(pa.Table.from_pylist(rows), search.candidates_file)
+
+
+def test_gradients_that_were_taken_count(run: RunDir, capsys: pytest.CaptureFixture[str]):
+    """Three candidates have too few losses for laws of five coefficients, but with their gradients enough."""
+    with_gradients(run.search("0001"), 3)
+    U = np.random.default_rng(0).dirichlet(np.ones(4), 5)
+    assert read_searched(run.path).fit.law.predict(U) == pytest.approx(LAW.predict(U), abs=1e-4)
+    config = run.config().model_dump(mode="json")
+    config["search"]["method"] = "gradient"
+    run.write_config(check_config(config))
+    assert any("descended along gradients" in text for text in asked(capsys, run.path)["warnings"])
 
 
 def test_another_law_than_recorded_is_said(run: RunDir, capsys: pytest.CaptureFixture[str]):

@@ -130,7 +130,8 @@ def _candidate_rows(outcome: Outcome) -> Iterator[dict[str, object]]:
     """A row per candidate and domain; then the snapshot, which is candidate -1, and the proposal.
 
     ``stderr`` is that of the loss, ``stderr_change`` that of its change from the snapshot, which the laws
-    are weighted by. ``predicted`` is the law's loss, ``left_out`` that of laws fitted to other candidates.
+    are weighted by. ``predicted`` is the law's loss, ``left_out`` that of laws fitted to other candidates,
+    ``gradient_*`` its derivatives by the coefficients, where the search took them.
     """
     fit, U = outcome.result.fit, outcome.observations.candidates
     nothing = np.full((1, len(outcome.request.domains)), np.nan)
@@ -164,7 +165,19 @@ def _candidate_rows(outcome: Outcome) -> Iterator[dict[str, object]]:
                     "tokens": int(losses.targets[d]),
                     "predicted": float(predicted[m, d]),
                     "left_out": float(left_out[m, d]),
+                    **_gradients(outcome, kind, m, d),
                 }
+
+
+def _gradients(outcome: Outcome, kind: str, m: int, d: int) -> dict[str, float]:
+    """Of a candidate's loss, by component; empty where the search took none."""
+    gradients = outcome.observations.gradients
+    if gradients is None or kind != "candidate":
+        return {}
+    return {
+        f"gradient_{name}": float(slope)
+        for name, slope in zip(outcome.request.components, gradients[m, d], strict=True)
+    }
 
 
 def fit_record(fit: LawFit, request: SearchRequest) -> Fit:

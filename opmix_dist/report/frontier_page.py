@@ -23,10 +23,9 @@ def frontier_page(answer: Answer, trade: Trade) -> bytes:
             are shown beside the front.
     """
     searched, figures = answer.searched, page.Figures()
-    confidence = words.share(searched.confidence)
     text = (
-        f"Each point of the line is a mixture for which the law predicts that no other one, within the "
-        f"search's floors, caps and loss bounds, is lower in both losses. Bars: {confidence} intervals from "
+        "Each point of the line is a mixture for which the law predicts that no other, within the search's "
+        f"floors, caps and loss bounds, is lower in both losses. Bars: {searched.percent} intervals from "
         "resampled laws, of each loss alone. Dots: candidates as they were measured. Hover for the mixture."
     )
     shown = page.section(

@@ -67,6 +67,8 @@ class Candidates:
     """[N] loss by the law, nan where there is none."""
     left_out: np.ndarray
     """[N] loss by a law that was fitted to other candidates, nan where there is none."""
+    gradients: np.ndarray | None = None
+    """[N, C] derivatives of the loss by the coefficients; None where the search took none."""
 
     def rows(self, domain: str, kind: str) -> np.ndarray:
         """[N] mask of the rows of one domain and kind."""
@@ -210,15 +212,19 @@ def _candidates(path: Path, components: Sequence[str]) -> Candidates:
     """Raises UserError naming the file when it is not the table that the pool writes."""
     measured = ("loss", "stderr", "stderr_change", "predicted", "left_out")
     names = ["kind", "domain", *measured, *(f"u_{c}" for c in components)]
+    slopes = [f"gradient_{c}" for c in components]
     try:
-        if pq.read_metadata(path).num_rows > MAX_CANDIDATE_ROWS:
+        metadata = pq.read_metadata(path)
+        if metadata.num_rows > MAX_CANDIDATE_ROWS:
             raise UserError(f"{path} has more than {MAX_CANDIDATE_ROWS} rows; a search writes far fewer")
+        has_slopes = slopes[0] in metadata.schema.names
+        names += slopes if has_slopes else []
         table = pq.ParquetFile(path).read(columns=names)
         columns = {name: table.column(name).to_numpy() for name in names}
         numbers = {name: columns[name].astype(np.float64) for name in names[2:]}
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a table of candidates: {' '.join(str(error).split())}") from None
     U = np.stack([numbers[f"u_{c}"] for c in components], axis=1)
-    return Candidates(
-        columns["kind"], columns["domain"], components, U, *(numbers[name] for name in measured)
-    )
+    gradients = np.stack([numbers[name] for name in slopes], axis=1) if has_slopes else None
+    losses = {name: numbers[name] for name in measured}
+    return Candidates(columns["kind"], columns["domain"], components, U, **losses, gradients=gradients)
