@@ -67,25 +67,21 @@ def add_fit_command(commands: Any) -> None:
 
 
 def _fit(arguments: argparse.Namespace, rest: list[str]) -> None:
-    from rich.console import Console
-
-    from opmix_dist.data.printable import printable
     from opmix_dist.fit.analysis import analyse
     from opmix_dist.fit.config import load_fit_config
     from opmix_dist.fit.outputs import write_outputs
     from opmix_dist.mixture_files import parse_sources
+    from opmix_dist.terminal import open_console, say
 
     sources = parse_sources(arguments.source)
     analysis = analyse(load_fit_config(arguments.config, [*_overrides(arguments), *rest]))
     files = write_outputs(analysis, arguments.output_dir, sources)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
+    console = open_console()
     if analysis.outcome:
         console.print(mixture_table(analysis, analysis.outcome))
     console.print(quality_table(analysis))
     for line in lines(analysis, files):
-        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+        say(console, line)
 
 
 def _overrides(arguments: argparse.Namespace) -> Iterator[str]:

@@ -16,8 +16,8 @@ def add_mixture_command(commands: Any) -> None:
     mixture = commands.add_parser(
         "mixture",
         help="print a mixture in the form that another trainer reads",
-        description="Prints the mixture that `opmix fit` or `opmix search` proposed, or the last one that a "
-        "training run took.",
+        description="Prints the mixture that `opmix fit` or `opmix search` chose (where they decided to "
+        "stay, the current one), or the last one that a training run took.",
     )
     mixture.add_argument(
         "place", type=Path, metavar="PROPOSAL_OR_RUN",
@@ -42,26 +42,26 @@ def add_source_option(parser: argparse.ArgumentParser) -> None:
 def read_mixture(place: Path) -> dict[str, float]:
     """Weights by domain of whatever ``opmix`` wrote them to, or of a file of them.
 
-    A run directory: its last mixture, or where nothing was trained the last search's proposal. A folder with
-    a proposal.json: its weights.
+    A run directory: the last mixture that was trained on, or what its last search chose. An output folder of
+    ``opmix fit``, or a proposal.json: the proposal, or the current mixture where the decision was to stay.
 
     Raises:
         UserError: nothing of that kind is there, or the weights are no numbers.
     """
     from opmix_dist.exchange.rundir import RunDir
 
-    if place.is_dir():
-        if (place / "proposal.json").is_file():
-            return read_mixture(place / "proposal.json")
-        run = RunDir(place)
-        mixtures = run.mixtures()
-        if mixtures:
-            return mixtures[-1].weights
-        proposals = [one.proposal_file for one in run.search_dirs() if one.proposal_file.is_file()]
-        if proposals:
-            return read_mixture(proposals[-1])
-        raise UserError(f"{place} holds no mixture: it has neither proposal.json nor mixtures.jsonl")
-    return _read_file(place)
+    if not place.is_dir():
+        return _read_file(place)
+    if (place / "proposal.json").is_file():
+        return _read_file(place / "proposal.json")
+    run = RunDir(place)
+    mixtures = run.mixtures()
+    if mixtures:
+        return mixtures[-1].weights
+    proposed = [search for search in run.search_dirs() if search.proposal_file.is_file()]
+    if proposed:
+        return proposed[-1].proposal().chosen
+    raise UserError(f"{place} holds no mixture: it has neither proposal.json nor mixtures.jsonl")
 
 
 def _read_file(path: Path) -> dict[str, float]:
@@ -70,7 +70,9 @@ def _read_file(path: Path) -> dict[str, float]:
 
     content = read_settings(path) if path.suffix in (".yaml", ".yml") else read_json(path)
     if isinstance(content, dict) and isinstance(content.get("weights"), dict):
-        content = content["weights"]
+        decision = content.get("decision")
+        stays = isinstance(decision, dict) and decision.get("move") is False
+        content = content.get("current") if stays else content["weights"]
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path} holds no weights by domain")
     for name, weight in content.items():

@@ -31,24 +31,41 @@ MIXTURE = "mixture"
 def write_outputs(analysis: Analysis, folder: Path, sources: Mapping[str, MixtureSource]) -> list[Path]:
     """Write the laws, and where there is one the proposal, below ``folder``; returns the files.
 
-    What an earlier call left there of a proposal goes, when this one proposes nothing.
+    Other trainers get what was decided: the proposal, or the current mixture where it is better to stay. What
+    an earlier call left there of a proposal goes, when this one proposes nothing.
 
     Raises:
         UserError: a source of a domain that the mixture does not have.
     """
+    mixtures = _write_mixtures(analysis, folder / MIXTURE, sources)
     files = [folder / name for name in (LAWS, PREDICTIONS, SETTINGS, PAGE)]
     write_json(files[0], laws_record(analysis))
     write_bytes(files[1], _csv(analysis))
     write_bytes(files[2], to_yaml(_from_anywhere(analysis.config)).encode())
     write_bytes(files[3], fit_page(analysis))
     if analysis.outcome is None:
-        for stale in (PROPOSAL, *(f"{MIXTURE}/{name}" for name, _ in FORMATS.values())):
-            (folder / stale).unlink(missing_ok=True)
+        (folder / PROPOSAL).unlink(missing_ok=True)
         return files
-    record = proposal_record(analysis, analysis.outcome)
-    mixtures = write_mixture_files(folder / MIXTURE, record["weights"], sources)
-    write_json(folder / PROPOSAL, record)
+    write_json(folder / PROPOSAL, proposal_record(analysis, analysis.outcome))
     return [folder / PROPOSAL, *files, *mixtures]
+
+
+def _write_mixtures(analysis: Analysis, folder: Path, sources: Mapping[str, MixtureSource]) -> list[Path]:
+    outcome, domains = analysis.outcome, analysis.inputs.domains
+    if outcome is None:
+        for name, _ in FORMATS.values():
+            (folder / name).unlink(missing_ok=True)
+        return []
+    stays = outcome.decision is not None and not outcome.decision.move
+    chosen = analysis.inputs.current if stays else _exactly_one(outcome.proposal.mixture)
+    assert chosen is not None  # a decision is made where there is a current mixture
+    return write_mixture_files(folder, dict(zip(domains, chosen.tolist(), strict=True)), sources)
+
+
+def _exactly_one(mixture: np.ndarray) -> np.ndarray:
+    """The solver's shares [X], which are off by some 1e-9."""
+    shares = np.maximum(mixture, 0)
+    return shares / shares.sum()
 
 
 def _from_anywhere(config: FitConfig) -> FitConfig:
@@ -62,9 +79,8 @@ def proposal_record(analysis: Analysis, outcome: Outcome) -> dict[str, Any]:
     domains, metrics = analysis.inputs.domains, analysis.inputs.metrics
     proposal, resampled = outcome.proposal, outcome.bootstrap
     confidence = analysis.config.bootstrap.confidence
-    weights = np.maximum(proposal.mixture, 0) / np.maximum(proposal.mixture, 0).sum()
     record: dict[str, Any] = {
-        "weights": _named(domains, weights),
+        "weights": _named(domains, _exactly_one(proposal.mixture)),
         "intervals": {},
         "predicted": _named(metrics, proposal.predicted),
         "predicted_intervals": {},

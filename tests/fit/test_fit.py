@@ -229,6 +229,8 @@ def test_a_gain_within_the_noise_is_not_taken(run: Run, tmp_path: Path) -> None:
     found = run("--current", str(current), noise=0.05)
     assert found["proposal"]["decision"]["move"] is False
     assert "stay: gain" in found["out"]
+    written = json.loads((tmp_path / "out" / "mixture" / "mixture.json").read_text())
+    assert written == pytest.approx(dict(zip(DOMAINS, best, strict=True)))
 
 
 def test_the_same_seed_gives_the_same_files(run: Run, tmp_path: Path) -> None:
