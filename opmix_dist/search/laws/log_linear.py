@@ -230,15 +230,15 @@ def _design_warnings(design: _Design, *, asked_for_averaging: bool) -> Iterator[
 
 def _law_warnings(observations: Observations, law: LogLinearLaw, converged: np.ndarray) -> Iterator[str]:
     constant = robust.constant(observations.losses.T)
-    smallest = observations.losses.min(axis=0)
-    for i, name in enumerate(observations.names):
-        if constant[i]:
-            yield f"{name}: its loss is the same for every candidate, so its law is flat"
-        if not converged[i]:
-            yield f"{name}: the fit of its law did not converge in {robust.MAX_ITERATIONS} iterations"
-        if np.ptp(law.t[i]) > STEEP:
-            yield f"{name}: its law is too steep to trust away from the candidates; use more candidates"
-    bare = (np.exp(law.log_c) < FLOORLESS * smallest) & ~constant
-    if bare.any():
-        names = ", ".join(name for name, is_bare in zip(observations.names, bare, strict=True) if is_bare)
-        yield f"{names}: no floor was found, so the law extrapolates as a pure exponential: take care far out"
+    bare = np.exp(law.log_c) < FLOORLESS * observations.losses.min(axis=0)
+    for concerned, what in (
+        (constant, "the loss is the same for every candidate, so the law is flat"),
+        (~converged, f"the fit of the law did not converge in {robust.MAX_ITERATIONS} iterations"),
+        (np.ptp(law.t, axis=1) > STEEP, "the law is too steep to trust away from the candidates"),
+        (
+            bare & ~constant,
+            "no floor was found, so the law extrapolates as a pure exponential: take care far out",
+        ),
+    ):
+        if concerned.any():
+            yield f"{', '.join(np.array(observations.names)[concerned])}: {what}"

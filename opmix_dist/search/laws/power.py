@@ -195,4 +195,4 @@ class _Part:
             )
         constant = robust.constant(self.observations.losses[:, self.rows].T)
         for i in self.rows[constant]:
-            yield f"{names[i]}: its loss is the same for every candidate, so its law is flat"
+            yield f"{names[i]}: the loss is the same for every candidate, so the law is flat"

@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.special import expit
 
+MAX_ITERATIONS = 300
 # Weight per point of the ridge on (curvature, slopes) where the data do not determine a law. In these
 # coordinates a slope is the change of loss for one standard deviation of u: it is biased by one millionth.
 RIDGE = 1e-6
-MAX_ITERATIONS = 300
 # A step that promises to gain less than this part of the objective, or than residuals of 1e-14, is the last.
 RELATIVE_DECREASE = 1e-11
 RESIDUAL_FLOOR = 1e-14
@@ -220,18 +220,20 @@ def decode(theta: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.nda
     return log_level - np.logaddexp(0, logit), log_amplitude, exponents
 
 
-def minimise(problems: HuberProblems, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def minimise(
+    problems: HuberProblems, theta: np.ndarray, iterations: int = MAX_ITERATIONS
+) -> tuple[np.ndarray, np.ndarray]:
     """Levenberg-Marquardt from theta [P, 2 + r], each problem until it converges.
 
     Returns:
-        theta [P, 2 + r] and whether each problem converged within 300 iterations [P] bool.
+        theta [P, 2 + r] and whether each problem converged within the iterations [P] bool.
     """
     theta, damping = theta.copy(), np.full(len(theta), 1e-3)
     active = np.arange(len(theta))
     floor = RESIDUAL_FLOOR**2 * len(problems.z)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # such a step is refused
         objective = problems.objective(theta)
-        for _ in range(MAX_ITERATIONS):
+        for _ in range(iterations):
             part, before = problems.take(active), objective[active]
             step, promised = part.step(theta[active], damping[active])
             trial = theta[active] + step

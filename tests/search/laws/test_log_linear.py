@@ -174,8 +174,8 @@ def test_constant_losses_give_a_flat_law_and_a_warning():
     losses = np.column_stack([np.full(12, 3.25), 2 + candidates[:, 0]])
     fit = fit_log_linear(candidates, losses, seed=0, domains=["web", "code"])
     np.testing.assert_allclose(fit.law.predict(np.eye(3))[:, 0], 3.25, atol=1e-9)
-    assert [w for w in fit.warnings if w.startswith("web: its loss is the same")]
-    assert not [w for w in fit.warnings if w.startswith("code: its loss")]
+    assert [w for w in fit.warnings if w.startswith("web: the loss is the same")]
+    assert not [w for w in fit.warnings if w.startswith("code: the loss")]
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 7])
