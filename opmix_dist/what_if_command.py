@@ -62,6 +62,8 @@ def _what_if(arguments: argparse.Namespace, rest: list[str]) -> None:
 
     if arguments.confidence is not None and not 0.5 < arguments.confidence < 1:
         raise UserError(f"--confidence {arguments.confidence:g}: give a share between 0.5 and 1, such as 0.9")
+    if arguments.start is not None and not arguments.shares:
+        raise UserError("--from is the mixture that --set changes: set a share with --set DOMAIN=SHARE")
     if arguments.out is not None and arguments.pareto is None:
         raise UserError("--out is for the plot of --pareto: give the two losses with --pareto A,B")
     searched = read_searched(arguments.place, arguments.search, arguments.confidence)

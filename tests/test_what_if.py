@@ -205,6 +205,7 @@ def test_the_front_is_a_page_and_a_table(run: RunDir, capsys: pytest.CaptureFixt
         (["--pareto", "web,math"], "there is no loss of math, only of web, code, books"),
         (["--pareto", "web,web"], "both sides are the same losses"),
         (["--pareto", "web,code", "--points", "1"], "at least 2 points"),
+        (["--from", "proposal"], "set a share with --set"),
         (["--out", "x.html"], "--out is for the plot of --pareto"),
         (["--search", "0002"], "has no search 0002: it has 0001"),
     ],

@@ -8,9 +8,11 @@ import numpy as np
 import plotly.graph_objects as go
 
 from opmix_dist.report import charts, page, words
-from opmix_dist.report.what_if import ASKED, CURRENT, PROPOSAL, Answer, Searched, Trade
+from opmix_dist.report.what_if import ASKED, CURRENT, EXTRAPOLATED, PROPOSAL, Answer, Searched, Trade
 from opmix_dist.search.what_if import Band
 
+BARS = 0.15
+"""Room for bars beside the outermost points, as a share of what the points take."""
 LINE, MARKED = "#3f86c9", "#dd7a37"
 _SYMBOLS = {CURRENT: "circle", PROPOSAL: "diamond", ASKED: "star"}
 
@@ -26,7 +28,8 @@ def frontier_page(answer: Answer, trade: Trade) -> bytes:
     text = (
         "Each point of the line is a mixture for which the law predicts that no other, within the search's "
         f"floors, caps and loss bounds, is lower in both losses. Bars: {searched.percent} intervals from "
-        "resampled laws, of each loss alone. Dots: candidates as they were measured. Hover for the mixture."
+        "resampled laws, of each loss alone. Dots: candidates as they were measured. Hover for the mixture. "
+        f"Open circles: {EXTRAPOLATED}."
     )
     shown = page.section(
         "Pareto front",
@@ -69,7 +72,11 @@ def frontier_chart(answer: Answer, trade: Trade) -> go.Figure:
         "front",
         _band(searched, trade, trade.front.u),
         [_shares(searched.domains, x) for x in trade.front.mixtures],
-        {"symbol": "circle", "size": 6, "color": LINE},
+        {
+            "symbol": ["circle" if covered else "circle-open" for covered in trade.covered(searched)],
+            "size": 7,
+            "color": LINE,
+        },
         mode="lines+markers",
     )
     for p, name in enumerate(answer.names):
@@ -80,7 +87,16 @@ def frontier_chart(answer: Answer, trade: Trade) -> go.Figure:
             [_shares(searched.domains, answer.mixtures[p])],
             {"symbol": _SYMBOLS[name], "size": 13, "color": MARKED},
         )
-    return figure
+    return figure.update_layout(
+        xaxis_range=_range([x for trace in figure.data for x in trace.x]),
+        yaxis_range=_range([y for trace in figure.data for y in trace.y]),
+    )
+
+
+def _range(values: Sequence[float]) -> list[float]:
+    """Of an axis: all values, but not all of their bars, which may be long where the law extrapolates."""
+    margin = BARS * (max(values) - min(values))
+    return [min(values) - margin, max(values) + margin]
 
 
 def _band(searched: Searched, trade: Trade, U: np.ndarray) -> Band:

@@ -18,6 +18,9 @@ from opmix_dist.search.problem import Problem
 from opmix_dist.search.what_if import Band, Forecast, Reach
 
 CURRENT, PROPOSAL, ASKED = "current", "proposal", "what if"
+EXTRAPOLATED = (
+    "outside of what the candidates span: the law extrapolates, and its interval does not cover that"
+)
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Answer:
         found = [
             f"{name}: {words.share(distance)} of its coefficients lie outside of what the candidates span; "
             f"nine of ten candidates lie within {words.share(reach.ordinary)} of the others. The law "
-            "extrapolates here, and its interval does not cover that"
+            "extrapolates, and its interval does not cover that"
             for name, distance in zip(self.names, self.distances, strict=True)
             if not reach.covers(self.U[name])
         ]
@@ -214,22 +217,30 @@ class Trade:
         """The two sums [..., 2] of losses [..., D]."""
         return losses @ self.weights.T
 
+    def covered(self, searched: Searched) -> list[bool]:
+        """Of each point of the front, whether the candidates vouch for it."""
+        return [searched.reach.covers(u) for u in self.front.u]
+
 
 def trade_table(searched: Searched, trade: Trade, *, points: int = 7) -> Table:
     """Some points of the front, ends included."""
     band = searched.forecast(trade.front.u).joined(trade.of).levels(searched.confidence)
     title = f"Pareto front (nats per token, {searched.percent} intervals)"
     table = _table(title, "point", [*trade.labels, *searched.domains])
-    count = len(trade.front.u)
+    count, covered = len(trade.front.u), trade.covered(searched)
     for p in np.unique(np.linspace(0, count - 1, min(points, count)).round().astype(int)):
         losses = [_level(band.value[p, i], band.low[p, i], band.high[p, i]) for i in range(2)]
-        table.add_row(str(p + 1), *losses, *map(words.share, trade.front.mixtures[p]))
+        name = f"{p + 1}" if covered[p] else f"{p + 1} *"
+        table.add_row(name, *losses, *map(words.share, trade.front.mixtures[p]))
+    if not all(covered):
+        table.caption, table.caption_justify = f"* {EXTRAPOLATED}", "left"
     return table
 
 
 def trade_values(searched: Searched, trade: Trade) -> dict[str, Any]:
     """All points of the front as JSON holds them."""
     band = searched.forecast(trade.front.u).joined(trade.of).levels(searched.confidence)
+    covered = trade.covered(searched)
     return {
         "between": [
             {"label": label, "weights": _named(searched.losses, weights)}
@@ -240,6 +251,7 @@ def trade_values(searched: Searched, trade: Trade) -> dict[str, Any]:
                 "weights": _named(searched.domains, trade.front.mixtures[p]),
                 "coefficients": _named(searched.fit.observations.components, trade.front.u[p]),
                 "predicted": _intervals(trade.labels, band.value[p], band.low[p], band.high[p]),
+                "extrapolated": not covered[p],
             }
             for p in range(len(trade.front.u))
         ],

@@ -148,6 +148,25 @@ def test_the_chart_shows_front_mixtures_and_candidates(searched: Searched, trade
     assert "b 40.0%" in traces[PROPOSAL].customdata[0]
 
 
+def test_points_that_candidates_do_not_vouch_for_are_marked(searched: Searched, trade: Trade):
+    """Dirichlet(3) draws reach neither end of the front, where one domain has nearly everything."""
+    points = trade_values(searched, trade)["points"]
+    assert [point["extrapolated"] for point in points] == [not known for known in trade.covered(searched)]
+    assert points[0]["extrapolated"]
+    assert points[-1]["extrapolated"]
+    front = frontier_chart(Answer(searched, None), trade).data[1]
+    assert front.marker.symbol[0] == "circle-open"
+    assert ["9", "*"] in [line[:2] for line in printed(trade_table(searched, trade))]
+
+
+def test_long_bars_do_not_hide_the_front(searched: Searched, trade: Trade):
+    wild = Searched(**{**vars_of(searched), "resampled": [shifted(LAW, 0.0), shifted(LAW, 100.0)]})
+    figure = frontier_chart(Answer(wild, None), trade)
+    assert max(figure.data[1].error_x.array) > 50
+    low, high = figure.layout.xaxis.range
+    assert high - low < 2
+
+
 def test_the_page_holds_all_it_needs(searched: Searched, trade: Trade):
     page = frontier_page(Answer(searched, None), trade).decode()
     assert page.count("<h2>Pareto front</h2>") == 1
