@@ -158,6 +158,19 @@ def test_gradients_that_were_taken_count(run: RunDir, capsys: pytest.CaptureFixt
     assert any("descended along gradients" in text for text in asked(capsys, run.path)["warnings"])
 
 
+@pytest.mark.parametrize("family", ["power", "quadratic", "gaussian_process", "auto"])
+def test_every_family_is_asked_alike(run: RunDir, capsys: pytest.CaptureFixture[str], family: str):
+    config = run.config().model_dump(mode="json")
+    config["search"]["law"]["family"] = family
+    run.write_config(check_config(config))
+    answer = asked(capsys, run.path, "--set", "code=0.4", "--pareto", "web,code", "--points", "3")
+    assert answer["family"] == ("log_linear" if family == "auto" else family)
+    u = np.array(list(answer["mixtures"]["what if"]["coefficients"].values()))
+    found = [answer["mixtures"]["what if"]["predicted"][name]["value"] for name in DOMAINS]
+    assert found == pytest.approx(LAW.predict(u[None])[0], abs=0.05)
+    assert len(answer["pareto"]["points"]) == 3
+
+
 def test_another_law_than_recorded_is_said(run: RunDir, capsys: pytest.CaptureFixture[str]):
     """The fixture's proposal.json holds the noiseless law's losses."""
     assert any("fitted again" in text for text in asked(capsys, run.path)["warnings"])
