@@ -89,9 +89,11 @@ def _asked(searched: Searched, texts: Sequence[str], start: str | None) -> np.nd
     is_current = start != "proposal" and searched.current is not None
     u = searched.current if is_current else searched.proposal
     assert u is not None
-    composition = searched.problem.expanded
+    composition, shares = searched.problem.expanded, _shares(texts, searched.domains)
     try:
-        mixture = with_shares(u @ composition, _shares(texts, searched.domains))
+        mixture = with_shares(u @ composition, shares)
+        for index, share in shares.items():
+            _require_reach(searched.domains[index], share, composition[:, index])
         return coefficients_of(mixture, composition, domains=searched.domains)
     except ValueError as error:
         raise UserError(f"--set {' '.join(texts)}: {error}") from None
@@ -113,6 +115,13 @@ def _shares(texts: Sequence[str], domains: Sequence[str]) -> dict[int, float]:
         except ValueError:
             raise UserError(f"--set {text}: {value} is no number") from None
     return shares
+
+
+def _require_reach(domain: str, share: float, of_components: np.ndarray) -> None:
+    """ValueError where no mixture of components with these shares [K] has that share."""
+    low, high = float(of_components.min()), float(of_components.max())
+    if not low - 1e-9 <= share <= high + 1e-9:
+        raise ValueError(f"mixtures of the probes have between {low:.4g} and {high:.4g} of {domain}")
 
 
 def _trade(searched: Searched, text: str, points: int) -> Trade:

@@ -169,10 +169,10 @@ def answer_values(answer: Answer) -> dict[str, Any]:
     """The whole answer as JSON holds it."""
     searched, band = answer.searched, answer.levels()
     mixtures = {
-        name: {
+        _key(name): {
             "weights": _named(searched.domains, answer.mixtures[p]),
             "coefficients": _named(searched.fit.observations.components, answer.U[name]),
-            "predicted": _intervals(answer.rows, band.value[p], band.low[p], band.high[p]),
+            **_with_objective(searched, band.value[p], band.low[p], band.high[p]),
             "outside_of_candidates": answer.distances[p],
             "extrapolated": not searched.reach.covers(answer.U[name]),
         }
@@ -185,10 +185,24 @@ def answer_values(answer: Answer) -> dict[str, Any]:
         "confidence": searched.confidence,
         "mixtures": mixtures,
         "differences": [
-            {"of": name, "minus": other, "losses": _intervals(answer.rows, *answer.changes(name, other))}
+            {"of": _key(name), "minus": _key(other)} | _with_objective(searched, *answer.changes(name, other))
             for name, other in answer.comparisons
         ],
         "warnings": answer.warnings(),
+    }
+
+
+def _key(name: str) -> str:
+    return name.replace(" ", "_")
+
+
+def _with_objective(
+    searched: Searched, value: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> dict[str, dict[str, Any]]:
+    """Of D losses and the objective behind them, each [D + 1]."""
+    return {
+        "predicted": _intervals(searched.losses, value[:-1], low[:-1], high[:-1]),
+        "objective": _interval(value[-1], low[-1], high[-1]),
     }
 
 
@@ -199,10 +213,11 @@ def _named(names: Sequence[str], values: np.ndarray) -> dict[str, float]:
 def _intervals(
     names: Sequence[str], value: np.ndarray, low: np.ndarray, high: np.ndarray
 ) -> dict[str, dict[str, float]]:
-    return {
-        name: {"value": float(value[i]), "low": float(low[i]), "high": float(high[i])}
-        for i, name in enumerate(names)
-    }
+    return {name: _interval(value[i], low[i], high[i]) for i, name in enumerate(names)}
+
+
+def _interval(value: float, low: float, high: float) -> dict[str, float]:
+    return {"value": float(value), "low": float(low), "high": float(high)}
 
 
 @dataclass(frozen=True)

@@ -103,16 +103,19 @@ def vars_of(searched: Searched) -> dict:
 
 def test_values_for_scripts(searched: Searched):
     values = json.loads(json.dumps(answer_values(Answer(searched, ASKED_U)), allow_nan=False))
-    asked = values["mixtures"][ASKED]
+    asked = values["mixtures"]["what_if"]
     assert asked["weights"] == pytest.approx({"a": 0.9, "b": 0.05, "c": 0.05})
     assert asked["predicted"]["loss a"] == pytest.approx(
         {"value": 1 + np.exp(-0.9), "low": 1 + np.exp(-0.9) - 0.08, "high": 1 + np.exp(-0.9) + 0.08}, abs=1e-5
     )
     assert asked["extrapolated"]
     assert not values["mixtures"][PROPOSAL]["extrapolated"]
-    assert [(row["of"], row["minus"]) for row in values["differences"]] == Answer(
-        searched, ASKED_U
-    ).comparisons
+    pairs = {(row["of"], row["minus"]): row for row in values["differences"]}
+    assert list(pairs) == [("proposal", "current"), ("what_if", "current"), ("what_if", "proposal")]
+    change = (np.exp(-0.9) - np.exp(-0.2) + np.exp(-0.05) - np.exp(-0.2)) / 2
+    assert pairs["what_if", "current"]["objective"] == pytest.approx(
+        {"value": change, "low": change, "high": change}, abs=1e-5
+    )
 
 
 @pytest.fixture(scope="module")
