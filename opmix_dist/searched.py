@@ -122,6 +122,7 @@ def _observations(candidates: Candidates, request: SearchRequest, problem: Probl
             composition=problem.composition,
             names=request.domains,
             components=request.components,
+            domains=request.domains,
         )
     except ValueError as error:
         raise UserError(f"candidates.parquet of search {request.search} is invalid: {error}") from None

@@ -88,6 +88,7 @@ class MixtureSearch(ABC):
             self.problem.composition,
             self.problem.losses,
             self._components,
+            self.problem.domains,
         )
         self.problem.require_losses(told.losses.shape[1])
         self._told.append(told)
@@ -137,6 +138,7 @@ def joined(parts: Sequence[Observations]) -> Observations:
         first.composition,
         first.names,
         first.components,
+        first.domains,
     )
 
 

@@ -159,7 +159,7 @@ class _Design:
         target = losses.transpose(0, 2, 1).reshape(refits * num_domains, points)
         weight = np.repeat(weights, num_domains, axis=0) * np.tile(self.observations.weights.T, (refits, 1))
         loose = np.array([not self.determined(row > 0) for row in weights])
-        flat = np.repeat(loose, num_domains) | robust.constant(target)
+        flat = np.repeat(loose, num_domains) | robust.is_constant(target)
         ridge = np.zeros((len(target), 1 + self.basis.rank + (self.feature is not None)))
         ridge[:, 1 : 1 + self.basis.rank] = NARROW_RIDGE * points * self._narrow
         ridge[flat] = np.maximum(ridge[flat], robust.RIDGE * points)
@@ -229,7 +229,7 @@ def _design_warnings(design: _Design, *, asked_for_averaging: bool) -> Iterator[
 
 
 def _law_warnings(observations: Observations, law: LogLinearLaw, converged: np.ndarray) -> Iterator[str]:
-    constant = robust.constant(observations.losses.T)
+    constant = robust.is_constant(observations.losses.T)
     bare = np.exp(law.log_c) < FLOORLESS * observations.losses.min(axis=0)
     for concerned, what in (
         (constant, "the loss is the same for every candidate, so the law is flat"),

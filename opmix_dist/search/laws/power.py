@@ -165,7 +165,7 @@ class _Part:
         own = np.tile(self.observations.weights[:, self.rows].T, (refits, 1))
         loose = np.repeat([not self.determined(row > 0) for row in weights], count)
         ridge = np.zeros((len(target), 1 + len(self.columns)))
-        ridge[loose | robust.constant(target)] = robust.RIDGE * points
+        ridge[loose | robust.is_constant(target)] = robust.RIDGE * points
         return robust.HuberProblems(
             self.z, target, np.repeat(weights, count, axis=0) * own, ridge, huber_delta
         )
@@ -193,6 +193,6 @@ class _Part:
                 f"{points} candidates do not determine power laws of {len(self.columns) + 2} coefficients "
                 f"for {concerned}: the flattest laws that fit were taken; use more distinct candidates"
             )
-        constant = robust.constant(self.observations.losses[:, self.rows].T)
+        constant = robust.is_constant(self.observations.losses[:, self.rows].T)
         for i in self.rows[constant]:
             yield f"{names[i]}: the loss is the same for every candidate, so the law is flat"

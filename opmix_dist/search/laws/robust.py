@@ -173,7 +173,7 @@ class HuberProblems:
         gradient += ((weight * pull).reshape(len(theta), 1, -1) @ jacobian)[:, 0]
 
 
-def constant(target: np.ndarray) -> np.ndarray:
+def is_constant(target: np.ndarray) -> np.ndarray:
     """Rows of [P, M] that are the same at every point, but for rounding [P] bool."""
     return np.ptp(target, axis=1) <= 1e-9 * target.mean(axis=1)
 
