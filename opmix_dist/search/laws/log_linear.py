@@ -72,7 +72,8 @@ class LogLinear:
 
     Standard errors weigh the candidates. Measured gradients add a residual for each direction on the simplex,
     in units of z (``Basis``): the error of the loss one standard deviation of the candidates, or of a uniform
-    draw, away. That is of the size and kind of a loss's own residual, which is why it has the same weight.
+    draw, away. That is of the size and kind of a loss's own residual, which is why it has the same weight. On
+    truths that are not log-linear, with noise, weights of 0.3 to 100 do as well, and less does worse.
 
     Where observations do not determine a law, or losses are constant, the answer is the flattest law that
     fits (``robust.RIDGE``), and slopes along directions that the candidates hardly visit are drawn towards 0

@@ -42,7 +42,7 @@ def schedule_of_the_authors(observed, domain, slopes_each):
             args=(observed.candidates, losses),
             jac=True,
             method="L-BFGS-B",
-            options={"maxiter": 2000, "ftol": 1e-13, "gtol": 1e-9},
+            options={"maxiter": 500, "ftol": 1e-13, "gtol": 1e-9},
         )
         lowest = min(lowest, found.fun)
     return lowest
