@@ -38,7 +38,7 @@ def test_laws_find_the_optimum_of_log_linear_losses(seed: int) -> None:
 
 
 def test_refinement_finds_the_optimum_of_losses_that_are_in_no_family() -> None:
-    """Measured, mean of 6 seeds: 7e-4 nats with 20 Sobol candidates, 2e-4 with 12 and 2 rounds of 4."""
+    """Measured, mean of 6 seeds: 6e-3 nats with 20 Sobol candidates, 2e-3 with 12 and 2 rounds of 4."""
     problem = rebalance(D)
     plain, refined = [], []
     for seed in range(6):
@@ -51,7 +51,6 @@ def test_refinement_finds_the_optimum_of_losses_that_are_in_no_family() -> None:
         )
         refined.append(regret(search, truth))
         assert len(search.observations.candidates) <= 20
-    print(plain, refined)
     assert np.mean(refined) < 0.7 * np.mean(plain)
 
 

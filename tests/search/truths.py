@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from scipy.optimize import minimize
@@ -78,7 +79,12 @@ class PowerTruth:
         return own[:, None] * self.composition.T + 2 * self.averaging * u + waves[:, None] * self.directions
 
 
-Truth = LogLinearLaw | PowerTruth
+class Truth(Protocol):
+    """Losses [M, D] at U [M, K], and dL_i / du_k [D, K] at one u [K]."""
+
+    def predict(self, candidates: np.ndarray) -> np.ndarray: ...
+
+    def gradient(self, u: np.ndarray) -> np.ndarray: ...
 
 
 def total(truth: Truth, problem: Problem, u: np.ndarray) -> float:
@@ -104,13 +110,17 @@ def least_total(truth: Truth, problem: Problem, starts: int = 6) -> float:
 def run(
     search: MixtureSearch, truth: Truth, *, noise: float = 0.0, seed: int = 0
 ) -> tuple[SearchResult, np.ndarray]:
-    """The result, and all U that were asked. noise: standard deviation that is added to losses, and told."""
+    """The result, and all U that were asked. noise: standard deviation of what is added to losses, and told
+    of them, and to each dL_i / du_k."""
     rng = np.random.default_rng([seed, 3])
     asked = []
     while (candidates := search.ask()) is not None:
         asked.append(candidates)
         losses = truth.predict(candidates)
         losses = losses + noise * rng.standard_normal(losses.shape)
-        gradients = np.stack([truth.gradient(u) for u in candidates]) if search.wants_gradients else None
+        gradients = None
+        if search.wants_gradients:
+            gradients = np.stack([truth.gradient(u) for u in candidates])
+            gradients = gradients + noise * rng.standard_normal(gradients.shape)
         search.tell(losses, np.full_like(losses, noise) if noise else None, gradients)
     return search.result(), np.vstack(asked)
