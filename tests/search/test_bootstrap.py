@@ -31,7 +31,7 @@ def resampled(fit, **settings):
 
 
 @cache
-def outcomes(case, count=14):
+def outcomes(case, count=12):
     return [search(case, number, count=50) for number in range(count)]
 
 
@@ -45,12 +45,12 @@ def test_nine_of_ten_intervals_hold_the_truth(what):
 
 
 def test_no_loss_depends_on_the_mixture_so_staying_is_right():
-    # One-sided 90%: one move in ten at most, of 10 more than 4 in one of 600 tests.
-    found = outcomes(Case(domains=3, candidates=12, noise=0.005, effect=0.0), count=10)
-    assert sum(outcome.moved for outcome in found) <= 4
+    # One-sided 90%: one move in ten at most, of 8 more than 3 in one of 200 tests.
+    found = outcomes(Case(domains=3, candidates=12, noise=0.005, effect=0.0), count=8)
+    assert sum(outcome.moved for outcome in found) <= 3
     # Where mixtures do differ most searches move, and for the better.
     clear = outcomes(Case(domains=3, candidates=12, noise=0.005))
-    assert sum(outcome.moved for outcome in clear) >= 7
+    assert sum(outcome.moved for outcome in clear) >= 6
     assert all(outcome.gain > 0 for outcome in clear if outcome.moved)
 
 
