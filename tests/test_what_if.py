@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ from opmix_dist.exchange.rundir import RunDir, SearchDir, read_record, write_rec
 from opmix_dist.exchange.schemas import Proposal, SearchStage, SearchStatus
 from opmix_dist.pool.solving import error_bars, search_method, search_problem
 from opmix_dist.searched import read_searched
+from tests.helpers import tiny_llama
 from tests.report.runs import COMPONENTS, COMPOSITION, DOMAINS, LAW, UNIFORM, RunWriter
+from tests.test_search_command import written
 
 
 @pytest.fixture
@@ -155,6 +158,39 @@ def test_gradients_that_were_taken_count(run: RunDir, capsys: pytest.CaptureFixt
     config["search"]["method"] = "gradient"
     run.write_config(check_config(config))
     assert any("descended along gradients" in text for text in asked(capsys, run.path)["warnings"])
+
+
+def test_a_real_search_is_fitted_again_to_the_same_digits(tiny_data: Path, tmp_path: Path):
+    """Adapters of a small model, gradients, a round of refinement."""
+    checkpoint = tmp_path / "hf"
+    tiny_llama(vocab_size=512).save_pretrained(checkpoint)
+    shutil.copy(tiny_data / "tokenizer" / "tokenizer.json", checkpoint)
+    sections = [
+        "--search.gradients",
+        "true",
+        "--search.refinement.rounds",
+        "1",
+        "--search.refinement.count",
+        "2",
+    ]
+    assert main(["search", str(written(tmp_path, tiny_data, checkpoint)), *sections]) == 0
+    search = RunDir(tmp_path / "run").search("0001")
+    searched, recorded = read_searched(tmp_path / "run"), search.proposal()
+    assert searched.fit.observations.gradients is not None
+    assert len(searched.fit.measured) == 6 + 2
+    assert searched.notes == ()
+    assert searched.fit.law.predict(searched.proposal[None])[0].tolist() == list(recorded.predicted.values())
+    assert searched.problem.reference is not None
+    assert searched.problem.reference.tolist() == list(recorded.snapshot.values())
+    assert recorded.gain is not None
+    assert recorded.gain.interval is not None
+    gains = [
+        searched.problem.value(losses[0]) - searched.problem.value(losses[1])
+        for losses in searched.forecast(np.stack([searched.current, searched.proposal])).resampled
+    ]
+    assert np.quantile(gains, [0.05, 0.95]) == pytest.approx(
+        [recorded.gain.interval.low, recorded.gain.interval.high]
+    )
 
 
 @pytest.mark.parametrize("family", ["power", "quadratic", "gaussian_process", "auto"])
