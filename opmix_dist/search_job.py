@@ -52,9 +52,11 @@ def run_search_alone(config: SearchRunConfig, sources: Mapping[str, MixtureSourc
     _check(config, catalogue, sources)
     if config.deterministic:
         use_deterministic_kernels()
+    run = RunDir(config.run_dir)
     world = World.join(placement, device=config.engine.device, timeout_s=config.engine.collective_timeout_s)
     try:
-        _answer(RunDir(config.run_dir), config, request, world, sources)
+        with open_run(run, config, world, SEARCH_MAY_CHANGE):
+            _answer(run, config, request, world, sources)
     except BaseException:
         world.abandon()
         raise
@@ -116,7 +118,6 @@ def _answer(
     sources: Mapping[str, MixtureSource],
 ) -> None:
     """Collective. Search, unless that is done, and tell."""
-    lock = open_run(run, config, world, SEARCH_MAY_CHANGE)
     search = run.search(request.search)
     is_done = world.share([float(_is_answered(run, search, config, request))] if world.is_leader else None)
     if not is_done[0]:
@@ -130,8 +131,6 @@ def _answer(
     if world.is_leader:
         _tell(run, search.proposal(), sources)
     world.barrier()
-    if lock is not None:
-        lock.close()
 
 
 def _is_answered(run: RunDir, search: SearchDir, config: SearchRunConfig, request: SearchRequest) -> bool:

@@ -7,12 +7,21 @@ from pathlib import Path
 import pytest
 import yaml
 
-from opmix_dist.config import RESUME_MAY_CHANGE, RunConfig, check_config, load_config
+from opmix_dist.config import (
+    RESUME_MAY_CHANGE,
+    SEARCH_MAY_CHANGE,
+    RunConfig,
+    SearchRunConfig,
+    check_config,
+    load_config,
+    load_search_config,
+)
 from opmix_dist.errors import UserError
 from opmix_dist.settings import changed_settings, fields, to_yaml
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-CONFIGS = [path for path in CONFIGS if path.name != "fit.yaml"]  # tests/fit loads that
+# tests/fit loads the one, the search alone is below
+CONFIGS = [path for path in CONFIGS if path.name not in ("fit.yaml", "search.yaml")]
 DEMO = Path(__file__).parent.parent / "configs" / "demo.yaml"
 
 
@@ -114,3 +123,64 @@ def test_a_resume_may_change_only_what_keeps_the_order_and_the_losses() -> None:
     assert changed_settings(old, load_config(DEMO, bound), RESUME_MAY_CHANGE) == [
         "seed", "data.shuffle_block", "data.mask_documents", "optimizer.lr", "search.probes.steps",
     ]  # fmt: skip
+
+
+def test_the_shipped_search_loads_and_prints() -> None:
+    config, unused = load_search_config(DEMO.with_name("search.yaml"))
+    assert unused == []
+    printed = yaml.safe_load(to_yaml(config, documented=True))
+    assert SearchRunConfig.model_validate(printed) == config
+    assert [key for key, field in fields(SearchRunConfig) if not field.description] == []
+
+
+def test_a_search_takes_the_configuration_of_a_training_run() -> None:
+    overrides = ["--model", "{checkpoint: runs/base/export/hf}", "--tokens_to_train=1000000"]
+    config, unused = load_search_config(DEMO, overrides)
+    assert unused == ["schedule", "train", "checkpoint", "pool"]
+    run = load_config(DEMO)
+    assert (config.search, config.data, config.optimizer) == (run.search, run.data, run.optimizer)
+    assert config.tokens_to_train == 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "a search starts from a trained model: set model.checkpoint"),
+        (["--search.proposal.max_repetitions=2"], "max_repetitions needs tokens_to_train"),
+        (["--tokens=3"], "unknown setting `tokens`: the nearest valid one is `tokens_to_train`"),
+        (["--search.proposal.max_increase={json: -1}"], "^setting `search.proposal.max_increase`"),
+        (["--search.law.family=lightgbm"], "^setting `search.law.family`: .*'trees'.*'lightgbm'"),
+    ],
+)
+def test_mistakes_of_a_search_are_named(overrides: list[str], message: str) -> None:
+    base = [] if not overrides else ["--model", "{checkpoint: runs/base/export/hf}"]
+    with pytest.raises(UserError, match=message):
+        load_search_config(DEMO, [*base, *overrides])
+
+
+def test_a_search_may_be_asked_again_with_other_laws_and_bounds() -> None:
+    base = ["--model", "{checkpoint: base}"]
+    old, _ = load_search_config(DEMO, base)
+    free = ["--search.proposal.kl=0.1", "--search.candidates.count=40", "--search.law.family=auto",
+            "--engine.device=cpu", "--tokens_to_train=9"]  # fmt: skip
+    assert changed_settings(old, load_search_config(DEMO, [*base, *free])[0], SEARCH_MAY_CHANGE) == []
+    bound = ["--search.probes.steps=9", "--optimizer.lr=1", "--mixture.initial=natural"]
+    assert changed_settings(old, load_search_config(DEMO, [*base, *bound])[0], SEARCH_MAY_CHANGE) == [
+        "optimizer.lr", "mixture.initial", "search.probes.steps",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("proposal", "message"),
+    [
+        ({"floors": {"web": 0.1}}, "search.proposal.floors names `web`, which is no domain of data"),
+        ({"max_increase": {"web": 0.1}}, "search.proposal.max_increase names `web`"),
+        ({"floors": {"json": 0.5}, "caps": {"json": 0.4}}, "floors.json is 0.5, above its cap 0.4"),
+        ({"floors": {"json": 0.5, "cpp": 0.6}}, "search.proposal.floors sum to 1.1"),
+        ({"omega": {"json": 1.0}}, "search.proposal.omega has no weight for `cpp`"),
+    ],
+)
+def test_settings_by_domain_are_checked_against_the_data(proposal: dict, message: str) -> None:
+    config = load_config(DEMO, [f"--search.proposal={yaml.safe_dump(proposal, default_flow_style=True)}"])
+    with pytest.raises(UserError, match=message):
+        config.search.check_domains(["json", "cpp"], "data")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import IO
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from opmix_dist.config import SharedConfig
 from opmix_dist.distributed import World
@@ -13,9 +13,9 @@ from opmix_dist.process import lock_run
 from opmix_dist.settings import changed_settings
 
 
-def open_run(run: RunDir, config: SharedConfig, world: World, may_change: Sequence[str]) -> IO[str] | None:
-    """Collective. Lock and check the run directory on the leader, which keeps the file that is returned open
-    as long as it works there.
+@contextmanager
+def open_run(run: RunDir, config: SharedConfig, world: World, may_change: Sequence[str]) -> Iterator[None]:
+    """Collective. The leader has checked the run directory, and holds its lock inside.
 
     Args:
         may_change: settings that may differ from those that the run was started with.
@@ -24,16 +24,20 @@ def open_run(run: RunDir, config: SharedConfig, world: World, may_change: Sequen
         UserError: on every rank; as of ``lock_run`` and ``check_earlier_attempt``.
     """
     lock, failure = None, None
-    if world.is_leader:
-        try:
-            lock = lock_run(run.path)
-            check_earlier_attempt(run, config, may_change)
-        except (UserError, OSError) as error:
-            failure = str(error)
-    text = world.share_text((failure or "") if world.is_leader else None)
-    if text:
-        raise UserError(text)
-    return lock
+    try:
+        if world.is_leader:
+            try:
+                lock = lock_run(run.path)
+                check_earlier_attempt(run, config, may_change)
+            except (UserError, OSError) as error:
+                failure = str(error)
+        text = world.share_text((failure or "") if world.is_leader else None)
+        if text:
+            raise UserError(text)
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
 
 
 def check_earlier_attempt(run: RunDir, config: SharedConfig, may_change: Sequence[str]) -> None:

@@ -163,8 +163,8 @@ def _candidate_rows(outcome: Outcome) -> Iterator[dict[str, object]]:
                     "stderr": float(losses.stderr[m, d]),
                     "stderr_change": float(changes.stderr[m, d]),
                     "tokens": int(losses.targets[d]),
-                    "predicted": float(predicted[m, d]),
-                    "left_out": float(left_out[m, d]),
+                    "predicted": _finite(predicted[m, [d]])[0],
+                    "left_out": _finite(left_out[m, [d]])[0],
                     **_gradients(outcome, kind, m, d),
                 }
 

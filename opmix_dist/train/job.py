@@ -102,11 +102,13 @@ class Job:
         self.catalogue, self.weights = catalogue, weights
 
     def run_to_end(self) -> None:
-        lock = open_run(self.run, self.config, self.world, RESUME_MAY_CHANGE)
-        if self._already_ended():
-            if self.world.is_leader:
+        with open_run(self.run, self.config, self.world, RESUME_MAY_CHANGE):
+            if not self._already_ended():
+                self._run()
+            elif self.world.is_leader:
                 log.info("%s has ended already: nothing to do", self.run.path)
-            return
+
+    def _run(self) -> None:
         trainer = self._build()
         last = trainer.fit()
         search_losses = trainer.losses_by_domain(self._search_samples()).loss.tolist()
@@ -114,8 +116,6 @@ class Job:
         if self.world.is_leader:
             self._sum_up(trainer, last, search_losses)
         self.world.barrier()
-        if lock is not None:
-            lock.close()
 
     def _already_ended(self) -> bool:
         """Collective."""

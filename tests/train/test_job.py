@@ -43,7 +43,7 @@ def test_every_phase_leaves_what_the_next_needs(finished: RunDir) -> None:
     assert np.array(request.composition)[1] == pytest.approx([0.9 + 0.1 / 3, 0.1 / 3, 0.1 / 3])
     u = np.array([proposal.coefficients[name] for name in request.components])
     assert u @ np.array(request.composition) == pytest.approx(list(proposal.weights.values()), abs=1e-6)
-    law = np.exp(fit.log_c) + np.exp(np.array(fit.t) @ u)
+    law = np.exp(fit.parameters["log_c"]) + np.exp(np.array(fit.parameters["t"]) @ u)
     assert law == pytest.approx([proposal.predicted[d] for d in fit.domains], rel=1e-6)
     records = finished.mixtures()
     assert [(r.version, r.step) for r in records] == [(0, 0), (1, SEARCH_STEP)]
@@ -222,6 +222,21 @@ def test_inline_search_on_one_process_agrees_with_the_pool(
     for name in DOMAINS:
         assert ours.weights[name] == pytest.approx(theirs.weights[name], abs=0.01)
         assert ours.simulated[name] == pytest.approx(theirs.simulated[name], rel=1e-3)
+
+
+def test_a_gain_within_its_uncertainty_keeps_the_mixture(tiny_data: Path, tmp_path: Path) -> None:
+    """No gain of so short a search is certain to one in a million."""
+    config = tiny_config(tiny_data, tmp_path / "run", pool={"ranks": 0})
+    config["search"]["proposal"] = {"no_move": True, "confidence": 0.999999}
+    run = complete(config, ranks=1)
+    first, second = run.mixtures()
+    assert (second.changed, second.version, second.weights) == (False, 0, first.weights)
+    assert "search 0001 keeps the mixture: gain" in second.why
+    assert second.requested_step == SEARCH_STEP
+    proposal = run.search("0001").proposal()
+    assert proposal.chosen == first.weights != proposal.weights
+    assert run.summary().mixture == first.weights
+    assert "Keep the mixture." in run.report_file.read_text()
 
 
 def test_two_pool_ranks_share_the_work_and_survive_the_death_of_one(

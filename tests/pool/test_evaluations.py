@@ -1,0 +1,167 @@
+"""Evaluations on disk: read back to the bit, and made again where they are damaged, foreign or missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from opmix_dist.data.batch import TokenBatch
+from opmix_dist.data.loader import EvalSet
+from opmix_dist.models.loss import losses_by_domain
+from opmix_dist.pool.evaluations import Evaluations, Evaluator, identity_of
+from tests.helpers import random_tokens
+from tests.pool.searches import alone
+
+DOMAIN_IDS = np.array([0, 0, 0, 1, 1])
+HELDOUT = EvalSet(TokenBatch.of_tokens(random_tokens(0, 5, 8)), torch.from_numpy(DOMAIN_IDS))
+U = np.random.default_rng(0).dirichlet(np.ones(3), size=7)
+
+
+class Simulation:
+    """Losses that depend on the candidates, and on which of them are simulated together in the last digits,
+    as those of batched products do."""
+
+    def __init__(self, *, fails_at: int | None = None) -> None:
+        self.calls: list[np.ndarray] = []
+        self.fails_at = fails_at
+
+    def __call__(self, rows: np.ndarray, gradients: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        if len(self.calls) == self.fails_at:
+            raise KeyboardInterrupt
+        self.calls.append(rows)
+        sums = 7 * (3 + rows @ np.arange(15).reshape(3, 5) / 10) * (1 + len(rows) * 1e-13)
+        return sums, np.ones((len(rows), 2, 3)) * rows[:, None] if gradients else None
+
+    @property
+    def simulated(self) -> int:
+        return sum(map(len, self.calls))
+
+
+def evaluate(
+    folder: Path, simulation: Simulation, U: np.ndarray = U, *, gradients: bool = False, identity: str = "a"
+) -> Evaluations:
+    with alone() as world:
+        evaluator = Evaluator(
+            folder,
+            identity,
+            HELDOUT,
+            2,
+            world=world,
+            joint=3,
+            together=lambda work: work(),
+            simulate=simulation,
+        )
+        return evaluator.evaluate(U, gradients=gradients)
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Evaluations:
+    return evaluate(tmp_path / "whole", Simulation())
+
+
+def test_a_second_attempt_evaluates_only_what_is_missing(tmp_path: Path, whole: Evaluations) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tmp_path / "e", Simulation(fails_at=2))
+    assert len(list((tmp_path / "e").iterdir())) == 6, "two groups of three"
+    second = Simulation()
+    again = evaluate(tmp_path / "e", second)
+    assert second.simulated == 1
+    np.testing.assert_array_equal(again.sums, whole.sums)
+    third = Simulation()
+    np.testing.assert_array_equal(evaluate(tmp_path / "e", third).sums, whole.sums)
+    assert third.simulated == 0
+
+
+def test_a_group_is_simulated_as_it_was(tmp_path: Path, whole: Evaluations) -> None:
+    """One of three files is lost: alone its last digits would be others."""
+    evaluate(tmp_path / "e", Simulation())
+    path = next(p for p in (tmp_path / "e").iterdir())
+    path.unlink()
+    second = Simulation()
+    np.testing.assert_array_equal(evaluate(tmp_path / "e", second).sums, whole.sums)
+    assert second.simulated in (1, 3)
+    lonely = Simulation()
+    alone_again = evaluate(tmp_path / "f", lonely, U[:1])
+    assert not np.array_equal(alone_again.sums[0], whole.sums[0]), "the simulation shows no grouping"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: b"",
+        lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
+        lambda data: b"\xff" * 8 + data[8:],
+    ],
+    ids=["torn", "empty", "a bit", "header"],
+)
+def test_damaged_files_are_evaluated_again(tmp_path: Path, whole: Evaluations, damage) -> None:
+    evaluate(tmp_path / "e", Simulation())
+    for path in (tmp_path / "e").iterdir():
+        path.write_bytes(damage(path.read_bytes()))
+    second = Simulation()
+    np.testing.assert_array_equal(evaluate(tmp_path / "e", second).sums, whole.sums)
+    assert second.simulated == len(U)
+
+
+def test_files_of_another_evaluation_are_foreign(tmp_path: Path) -> None:
+    """By name, and by content where one was renamed."""
+    evaluate(tmp_path / "e", Simulation(), identity="a")
+    second = Simulation()
+    evaluate(tmp_path / "e", second, identity="b")
+    assert second.simulated == len(U)
+    first, other, *_ = sorted((tmp_path / "e").iterdir())
+    other.write_bytes(first.read_bytes())
+    third = Simulation()
+    for identity in "ab":
+        evaluate(tmp_path / "e", third, identity=identity)
+    assert third.simulated >= 1
+
+
+def test_gradients_are_taken_where_a_file_has_none(tmp_path: Path) -> None:
+    evaluate(tmp_path / "e", Simulation())
+    second = Simulation()
+    found = evaluate(tmp_path / "e", second, gradients=True)
+    assert second.simulated == len(U)
+    assert [len(rows) for rows in second.calls] == [1] * len(U), "one at a time: a graph each"
+    np.testing.assert_array_equal(found.gradients, np.ones((7, 2, 3)) * U[:, None])
+    third = Simulation()
+    np.testing.assert_array_equal(evaluate(tmp_path / "e", third, gradients=True).gradients, found.gradients)
+    assert evaluate(tmp_path / "e", third).gradients is None, "nobody asked"
+    assert third.simulated == 0
+
+
+def test_losses_and_changes_from_a_base(tmp_path: Path, whole: Evaluations) -> None:
+    base = evaluate(tmp_path / "b", Simulation(), np.zeros((1, 3)))
+    targets = HELDOUT.batch.targets.numpy()
+    expected = losses_by_domain(whole.sums, targets, DOMAIN_IDS, 2)
+    np.testing.assert_array_equal(whole.losses.loss, expected.loss)
+    change = whole.changes_from(base)
+    np.testing.assert_allclose(change.loss, whole.losses.loss - base.losses.loss, rtol=1e-9)
+    differences = (whole.sums - base.sums)[0, :3] / 7
+    assert change.stderr[0, 0] == pytest.approx(differences.std(ddof=1) / np.sqrt(3))
+
+
+def test_the_identity_sees_what_losses_depend_on(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    weights, adapter = tmp_path / "base" / "model.safetensors", tmp_path / "adapter"
+    weights.write_bytes(b"w" * 3_000_000)
+    adapter.write_bytes(b"a")
+
+    def identity(name: str = "snapshot", heldout: EvalSet = HELDOUT, *settings: object) -> str:
+        return identity_of(name, tmp_path / "base", [adapter], heldout, *settings)
+
+    first = identity()
+    others = [identity("other"), identity("snapshot", HELDOUT, "merge")]
+    batch = HELDOUT.batch
+    fewer = TokenBatch(batch.tokens, batch.loss_mask & (torch.arange(8) > 2))
+    others.append(identity("snapshot", EvalSet(fewer, HELDOUT.domain_ids)))
+    adapter.write_bytes(b"b")
+    others.append(identity())
+    weights.write_bytes(b"w" * 2_999_999 + b"v")
+    others.append(identity())
+    assert len({first, *others}) == 6
+    assert identity() == others[-1]

@@ -1,0 +1,180 @@
+"""Whole searches in this process: killed and gone on with, by each method, and what they write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from opmix_dist.exchange.rundir import SearchDir
+from opmix_dist.exchange.schemas import SearchStage
+from opmix_dist.models.loss import paired_stderr
+from opmix_dist.pool import run_search
+from tests.conftest import DOMAINS
+from tests.pool.searches import CURRENT, answer, quick_config, request
+
+COMPONENTS = ["old", *DOMAINS]
+
+
+def searched(data: Path, folder: Path, current: dict[str, float] = CURRENT, **search: Any) -> SearchDir:
+    config = quick_config(data, folder, **search)
+    found = answer(config, request(config, current))
+    status = found.status()
+    assert status is not None
+    assert status.stage is SearchStage.PROPOSED, status.reason
+    return found
+
+
+def lasting(search: SearchDir) -> tuple:
+    """All that a search answers but what it cost."""
+    proposal = search.proposal().model_dump(exclude={"costs"})
+    return proposal, search.fit(), pq.read_table(search.candidates_file).to_pylist()
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> SearchDir:
+    return searched(tiny_data, tmp_path_factory.mktemp("search") / "run")
+
+
+class Killed(BaseException):
+    """Nothing catches it: as good as a kill."""
+
+
+@pytest.mark.parametrize("calls", [1, 4])
+def test_a_search_killed_in_its_evaluations_goes_on_to_the_same_proposal(
+    finished: SearchDir, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    config = quick_config(tiny_data, tmp_path / "run")
+    search = request(config)
+    simulate = run_search.simulate_sums
+    evaluated: list[int] = []
+
+    def killed(adapters: Any, U: np.ndarray, *rest: Any, **options: Any) -> np.ndarray:
+        if len(evaluated) == calls:
+            raise Killed
+        evaluated.append(len(U))
+        return simulate(adapters, U, *rest, **options)
+
+    monkeypatch.setattr(run_search, "simulate_sums", killed)
+    with pytest.raises(Killed):
+        answer(config, search)
+    written = {path.name for path in search.evaluations.iterdir()}
+    assert len(written) == sum(evaluated)
+    trained = [search.probe(name).joinpath("COMPLETE.json").stat().st_mtime_ns for name in COMPONENTS]
+
+    again: list[int] = []
+
+    def counted(adapters: Any, U: np.ndarray, *rest: Any, **options: Any) -> np.ndarray:
+        again.append(len(U))
+        return simulate(adapters, U, *rest, **options)
+
+    monkeypatch.setattr(run_search, "simulate_sums", counted)
+    answer(config, search)
+    assert lasting(search) == lasting(finished)
+    assert sum(evaluated) + sum(again) == len(list(search.evaluations.iterdir())) == 9, (
+        "snapshot, 7 candidates of which one stays, proposal: each once"
+    )
+    assert trained == [search.probe(name).joinpath("COMPLETE.json").stat().st_mtime_ns for name in COMPONENTS]
+    ours, theirs = search.proposal().costs["evaluation"], finished.proposal().costs["evaluation"]
+    assert (ours.tokens, ours.flops) == (theirs.tokens, theirs.flops), "of all attempts"
+
+
+def test_what_a_search_writes_fits_together(finished: SearchDir) -> None:
+    proposal, fit, rows = finished.proposal(), finished.fit(), pq.read_table(finished.candidates_file)
+    request = finished.request()
+    composition = np.array(request.composition)
+    u = np.array([proposal.coefficients[name] for name in COMPONENTS])
+    assert u @ composition == pytest.approx(list(proposal.weights.values()), abs=1e-9)
+    log_c, t = np.array(fit.parameters["log_c"]), np.array(fit.parameters["t"])
+    assert (fit.family, log_c.shape, t.shape) == ("log_linear", (3,), (3, 4))
+    law = np.exp(log_c) + np.exp(t @ u)
+    assert law == pytest.approx([proposal.predicted[d] for d in DOMAINS], rel=1e-9)
+    table = rows.to_pylist()
+    candidates = [row for row in table if row["kind"] == "candidate"]
+    assert len(candidates) == 7 * 3
+    for row in candidates:
+        d, at = DOMAINS.index(row["domain"]), np.array([row[f"u_{name}"] for name in COMPONENTS])
+        assert row["predicted"] == pytest.approx(np.exp(log_c[d]) + np.exp(t[d] @ at), rel=1e-9)
+        assert row["stderr_change"] > 0
+    residuals = np.array([row["left_out"] - row["loss"] for row in candidates]).reshape(7, 3)
+    assert fit.loo_error == pytest.approx(np.sqrt((residuals**2).mean(axis=0)).tolist(), rel=1e-6)
+    for name in DOMAINS:
+        interval = proposal.intervals[name]
+        assert 0 <= interval.low <= interval.high <= 1
+    gain = proposal.gain
+    assert gain is not None
+    change = [proposal.simulated_current[d] - proposal.simulated[d] for d in DOMAINS]
+    assert gain.measured == pytest.approx(np.mean(change), rel=1e-9)
+    predicted = [proposal.predicted_current[d] - proposal.predicted[d] for d in DOMAINS]
+    assert gain.predicted == pytest.approx(np.mean(predicted), rel=1e-9)
+    assert gain.averaging is None
+    assert proposal.decision is not None
+    assert proposal.decision.move == (gain.measured > 1.2815515655446004 * gain.stderr)
+
+
+def test_one_search_by_gradients_and_one_with_refinement(tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    descended = searched(tiny_data, run, method="gradient", gradient={"max_evaluations": 4}).proposal()
+    assert descended.gain is not None
+    assert descended.gain.predicted is None
+    assert descended.intervals == {}
+    assert 1 <= descended.rounds <= 4
+    assert not run.joinpath("searches/0001/fit.json").exists()
+    refined = searched(
+        tiny_data, run, refinement={"rounds": 1, "count": 2}, gradients=True, law={"averaging": True}
+    )
+    proposal = refined.proposal()
+    assert proposal.rounds == 2
+    rows = pq.read_table(refined.candidates_file).to_pylist()
+    assert sum(row["kind"] == "candidate" for row in rows) == (7 + 2) * 3
+    assert proposal.gain is not None
+
+
+def test_a_new_domain_joins_by_two_probes(tiny_data: Path, tmp_path: Path) -> None:
+    current = {"json": 0.25, "prose": 0.0, "python": 0.75}
+    search = searched(tiny_data, tmp_path / "run", current, new_domain="prose")
+    request, proposal = search.request(), search.proposal()
+    assert request.components == ["old", "prose"]
+    expected = [[0.9 * 0.25, 0.1, 0.9 * 0.75], [0.1 * 0.25, 0.9, 0.1 * 0.75]]
+    np.testing.assert_allclose(request.composition, expected)
+    assert list(request.prior.values()) == pytest.approx(expected[0])
+    rows = pq.read_table(search.candidates_file).to_pylist()
+    shares = sorted({round(row["x_prose"], 9) for row in rows if row["kind"] == "candidate"})
+    assert shares == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+    assert 0.1 <= proposal.weights["prose"] <= 0.9
+    assert proposal.decision is not None
+    assert proposal.decision.move
+
+
+def test_bounds_that_nothing_keeps_fail_the_search_by_name(tiny_data: Path, tmp_path: Path) -> None:
+    config = quick_config(tiny_data, tmp_path / "run", proposal={"floors": {"json": 0.98}})
+    status = answer(config, request(config)).status()
+    assert status is not None
+    assert status.stage is SearchStage.FAILED
+    assert "floor of json (0.98)" in status.reason
+    assert "\n" not in status.reason
+
+
+def test_a_mixture_that_breaks_a_bound_does_not_stay(tiny_data: Path, tmp_path: Path) -> None:
+    search = searched(tiny_data, tmp_path / "run", proposal={"caps": {"json": 0.4}, "confidence": 0.999999})
+    proposal = search.proposal()
+    assert proposal.weights["json"] <= 0.4 + 1e-6
+    assert proposal.decision is not None
+    assert proposal.decision.move
+    assert "the mixture cannot stay: cap of json (0.4) is exceeded by 0.1" in proposal.decision.reason
+
+
+def test_paired_errors_by_hand() -> None:
+    """Two domains of two samples with a target each; hard samples are hard for both models."""
+    ids, targets = np.array([0, 0, 1, 1]), np.ones(4, dtype=np.int64)
+    first, second = np.array([9.0, 1.0, 4.0, 6.0]), np.array([8.0, 0.4, 4.0, 5.0])
+    slopes = np.array([0.5, 0.5])
+    # differences 1, 0.6 and 0, 1: standard deviations of their means 0.2 and 0.5
+    expected = 0.5 * np.sqrt(0.2**2 + 0.5**2)
+    assert paired_stderr((first, slopes), (second, slopes), targets, ids) == pytest.approx(expected)
+    # the worst domain of the one is domain 0, that of the other domain 1: nothing cancels
+    worst = paired_stderr((first, np.array([1.0, 0.0])), (second, np.array([0.0, 1.0])), targets, ids)
+    assert worst == pytest.approx(np.sqrt(4.0**2 + 0.5**2))
