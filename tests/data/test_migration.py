@@ -31,22 +31,13 @@ from tests.data.corpora import read_documents
 from tests.data.migration_inputs import CHAT_TEMPLATE, EOS, chats, domain_texts, write_inputs, write_mds
 from tests.data.shard_files import write_catalogue
 from tests.helpers import ROOT
+from tests.pages import Block, compare_shown, read_blocks, run_blocks
 from tests.s3_server import S3Server, s3_server
 
 pytestmark = [pytest.mark.launch, pytest.mark.usefixtures("streaming")]
 
 PAGE = ROOT / "docs" / "migration.md"
 SYSTEMS = ("Megatron-LM", "OLMo-core", "MosaicML streaming", "Hugging Face datasets")
-_FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-@dataclass
-class Block:
-    """What stands between two fences, and for ``bash`` what it printed."""
-
-    language: str
-    content: str
-    output: str = ""
 
 
 @dataclass
@@ -73,8 +64,7 @@ def read_page() -> dict[str, Section]:
     parts = re.split(r"^## (.*)\n", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     sections = {}
     for title, text in zip(parts[::2], parts[1::2], strict=True):
-        blocks = [Block(*found) for found in _FENCE.findall(text)]
-        sections[title] = Section(title, blocks)
+        sections[title] = Section(title, read_blocks(text))
     return sections
 
 
@@ -112,26 +102,8 @@ def ran(server: S3Server, streaming: None, tmp_path_factory: pytest.TempPathFact
     server.upload(folder / "mosaic", "mosaic")
     sections = read_page()
     for section in sections.values():
-        for block in section.blocks:
-            if block.language == "bash":
-                block.output = run(block.content, folder)
+        run_blocks(section.blocks, folder)
     return Ran(folder, sections)
-
-
-def run(commands: str, folder: Path) -> str:
-    """What ``commands`` print to both streams; fails when one of them does."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", commands],
-        cwd=folder,
-        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{commands}\n{done.stdout}"
-    return done.stdout
 
 
 # --- commands ----------------------------------------------------------------------------------------------
@@ -146,18 +118,7 @@ def test_every_system_has_a_section_whose_commands_prepare_and_list(ran: Ran) ->
 
 
 def test_what_the_page_prints_below_a_command_is_what_the_command_printed(ran: Ran) -> None:
-    compared = 0
-    for section in ran.sections.values():
-        printed: list[str] = []
-        for block in section.blocks:
-            if block.language == "bash":
-                printed = [" ".join(line.split()) for line in block.output.splitlines()]
-            elif block.language == "text":
-                for line in block.content.splitlines():
-                    start, cut, _ = " ".join(line.split()).partition(" ...")
-                    found = [one for one in printed if (one.startswith(start) if cut else one == start)]
-                    assert found, f"{line}\nnot in\n" + "\n".join(printed)
-                    compared += 1
+    compared = sum(compare_shown(section.blocks) for section in ran.sections.values())
     assert compared > 20
 
 
