@@ -35,27 +35,30 @@ NO_LAWS = (
 )
 
 
-def read_searched(place: Path, search: str | None = None, confidence: float | None = None) -> Searched:
+def read_searched(
+    place: Path, search: str | None = None, confidence: float | None = None, resampled: int | None = None
+) -> Searched:
     """What ``place`` found.
 
     Args:
         search: name of one of a run's searches; None: the last that proposed.
         confidence: of the intervals; None: as the search's own.
+        resampled: laws behind the intervals, at least 2; None: as many as the search's own, or RESAMPLED.
 
     Raises:
         UserError: ``place`` holds no finished search and no fit, or what it holds is invalid; names the file.
     """
     run = RunDir(place)
     if run.config_file.is_file():
-        return _of_run(run, search, confidence)
+        return _of_run(run, search, confidence, resampled)
     if search is not None:
         raise UserError(f"{place} is no run directory: --search names a search of one")
     if (place / SETTINGS).is_file():
-        return _of_fit(place, confidence)
+        return _of_fit(place, confidence, resampled)
     raise UserError(f"{place} is neither a run directory nor an output folder of `opmix fit`")
 
 
-def _of_run(run: RunDir, name: str | None, confidence: float | None) -> Searched:
+def _of_run(run: RunDir, name: str | None, confidence: float | None, resampled: int | None) -> Searched:
     view = _chosen(run, name)
     request, proposed = view.request, view.proposal
     if view.problems or request is None or proposed is None or view.candidates is None:
@@ -77,7 +80,7 @@ def _of_run(run: RunDir, name: str | None, confidence: float | None) -> Searched
             fit,
             problem,
             u,
-            count=settings.proposal.bootstrap or RESAMPLED,
+            count=resampled or settings.proposal.bootstrap or RESAMPLED,
             seed=derive_seed(request.seed, "bootstrap"),
         ),
         current=staying(request),
@@ -166,23 +169,23 @@ def _differences(
     )
 
 
-def _of_fit(folder: Path, confidence: float | None) -> Searched:
-    analysis = analyse(load_fit_config(folder / SETTINGS))
-    settings, outcome = analysis.config, analysis.outcome
+def _of_fit(folder: Path, confidence: float | None, resampled: int | None) -> Searched:
+    config = load_fit_config(folder / SETTINGS)
+    count = resampled or config.bootstrap.count or RESAMPLED
+    bars = config.bootstrap.model_copy(update={"count": count})
+    analysis = analyse(config.model_copy(update={"bootstrap": bars}))
+    outcome = analysis.outcome
     if outcome is None:
         raise UserError(f"{folder} holds laws without a proposal: fit again without proposer.fit_only")
-    seed, u = settings.regression.seed, outcome.proposal.u
-    count = settings.bootstrap.count or RESAMPLED
-    spread = outcome.bootstrap
+    if outcome.bootstrap is None:
+        raise UserError(f"{folder} holds the worst mixture: fit again without proposer.make_worst_mix")
     return Searched(
         title=f"the fit in {folder.resolve().name}",
         fit=analysis.fit,
         problem=outcome.problem,
-        resampled=spread.laws
-        if spread
-        else _resampled(analysis.fit, outcome.problem, u, count=count, seed=seed),
+        resampled=outcome.bootstrap.laws,
         current=analysis.inputs.current,
-        proposal=u,
-        confidence=confidence or settings.bootstrap.confidence,
+        proposal=outcome.proposal.u,
+        confidence=confidence or bars.confidence,
         notes=tuple(analysis.inputs.notes),
     )

@@ -48,6 +48,12 @@ def add_what_if(commands: Any) -> None:
     )
     what_if.add_argument("--confidence", type=float, help="of the intervals (default: as the search's)")
     what_if.add_argument(
+        "--bootstrap",
+        type=int,
+        metavar="N",
+        help="resampled laws behind the intervals (default: as the search's)",
+    )
+    what_if.add_argument(
         "--pareto", metavar="A,B", help="front between two losses, or groups of them joined by +"
     )
     what_if.add_argument("--points", type=int, default=15, help="of the front (default: 15)")
@@ -62,11 +68,13 @@ def _what_if(arguments: argparse.Namespace, rest: list[str]) -> None:
 
     if arguments.confidence is not None and not 0.5 < arguments.confidence < 1:
         raise UserError(f"--confidence {arguments.confidence:g}: give a share between 0.5 and 1, such as 0.9")
+    if arguments.bootstrap is not None and arguments.bootstrap < 2:
+        raise UserError(f"--bootstrap {arguments.bootstrap}: give at least 2")
     if arguments.start is not None and not arguments.shares:
         raise UserError("--from is the mixture that --set changes: set a share with --set DOMAIN=SHARE")
     if arguments.out is not None and arguments.pareto is None:
         raise UserError("--out is for the plot of --pareto: give the two losses with --pareto A,B")
-    searched = read_searched(arguments.place, arguments.search, arguments.confidence)
+    searched = read_searched(arguments.place, arguments.search, arguments.confidence, arguments.bootstrap)
     asked = _asked(searched, arguments.shares, arguments.start) if arguments.shares else None
     answer = Answer(searched, asked)
     trade = _trade(searched, arguments.pareto, arguments.points) if arguments.pareto else None

@@ -117,6 +117,11 @@ def test_shares_start_from_the_proposal_on_demand(run: RunDir, capsys: pytest.Ca
     assert found["web"] / found["books"] == pytest.approx(start["web"] / start["books"], abs=1e-4)
 
 
+def test_as_many_laws_as_wanted(run: RunDir):
+    assert len(read_searched(run.path).resampled) == 30
+    assert len(read_searched(run.path, resampled=7).resampled) == 7
+
+
 def test_intervals_widen_with_confidence(run: RunDir, capsys: pytest.CaptureFixture[str]):
     wide = asked(capsys, run.path, "--confidence", "0.99")
     narrow = asked(capsys, run.path, "--confidence", "0.6")
@@ -250,6 +255,7 @@ def test_the_front_is_a_page_and_a_table(run: RunDir, capsys: pytest.CaptureFixt
         (["--set", "code=0.1", "--set", "code=0.2"], "the share of code is set twice"),
         (["--set", "code=0.7", "--set", "web=0.7"], "sum to 1.4"),
         (["--confidence", "90"], "give a share between 0.5 and 1"),
+        (["--bootstrap", "1"], "give at least 2"),
         (["--pareto", "web"], "name two losses or groups"),
         (["--pareto", "web,math"], "there is no loss of math, only of web, code, books"),
         (["--pareto", "web,web"], "both sides are the same losses"),
@@ -307,3 +313,8 @@ def test_a_folder_of_opmix_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "knows no current mixture" in refused(capsys, out, "--set", "web=0.5", "--from", "current")
     with pytest.raises(UserError, match="--search names a search"):
         read_searched(out, "0001")
+    assert len(read_searched(out, resampled=5).resampled) == 5
+    for setting in ("--proposer.make_worst_mix", "--proposer.fit_only"):
+        assert main(["fit", *tables, "--output-dir", str(out), setting, "true"]) == 0
+        capsys.readouterr()
+        assert f"fit again without {setting[2:]}" in refused(capsys, out)

@@ -27,8 +27,8 @@ def frontier_page(answer: Answer, trade: Trade) -> bytes:
     searched, figures = answer.searched, page.Figures()
     text = (
         "Each point of the line is a mixture for which the law predicts that no other, within the search's "
-        f"floors, caps and loss bounds, is lower in both losses. Bars: {searched.percent} intervals from "
-        "resampled laws, of each loss alone. Dots: candidates as they were measured. Hover for the mixture. "
+        "floors, caps and loss bounds, is lower in both losses. Bars: "
+        f"{words.percent(searched.confidence)} intervals from resampled laws, of each loss alone. Dots: candidates as they were measured. Hover for the mixture. "
         f"Open circles: {EXTRAPOLATED}."
     )
     shown = page.section(

@@ -54,11 +54,6 @@ class Searched:
         """Names of the X domains."""
         return tuple(self.problem.domains)
 
-    @property
-    def percent(self) -> str:
-        """The confidence in words: 90%, 99.5%."""
-        return f"{100 * self.confidence:g}%"
-
     def forecast(self, U: np.ndarray) -> Forecast:
         """Of the losses at coefficients U [P, K]."""
         return Forecast.of(self.fit.law, self.resampled, U)
@@ -117,7 +112,7 @@ class Answer:
 
 def answer_tables(answer: Answer) -> list[Table]:
     """Shares, predicted losses, and their differences with paired intervals."""
-    interval = f"{answer.searched.percent} intervals"
+    interval = f"{words.percent(answer.searched.confidence)} intervals"
     shares = _table("Mixture", "domain", answer.names)
     for j, domain in enumerate(answer.searched.domains):
         shares.add_row(Text(domain), *(words.share(x) for x in answer.mixtures[:, j]))
@@ -240,7 +235,7 @@ class Trade:
 def trade_table(searched: Searched, trade: Trade, *, points: int = 7) -> Table:
     """Some points of the front, ends included."""
     band = searched.forecast(trade.front.u).joined(trade.of).levels(searched.confidence)
-    title = f"Pareto front (nats per token, {searched.percent} intervals)"
+    title = f"Pareto front (nats per token, {words.percent(searched.confidence)} intervals)"
     table = _table(title, "point", [*trade.labels, *searched.domains])
     count, covered = len(trade.front.u), trade.covered(searched)
     for p in np.unique(np.linspace(0, count - 1, min(points, count)).round().astype(int)):
