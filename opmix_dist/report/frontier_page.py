@@ -28,7 +28,8 @@ def frontier_page(answer: Answer, trade: Trade) -> bytes:
     text = (
         "Each point of the line is a mixture for which the law predicts that no other, within the search's "
         "floors, caps and loss bounds, is lower in both losses. Bars: "
-        f"{words.percent(searched.confidence)} intervals from resampled laws, of each loss alone. Dots: candidates as they were measured. Hover for the mixture. "
+        f"{words.percent(searched.confidence)} intervals from resampled laws, of each loss alone. "
+        "Dots: candidates as they were measured. Hover for the mixture. "
         f"Open circles: {EXTRAPOLATED}."
     )
     shown = page.section(
