@@ -10,7 +10,7 @@ import numpy as np
 
 from opmix_dist.search.laws import robust
 from opmix_dist.search.laws.base import Law, Observations
-from opmix_dist.search.laws.basis import NARROW_RIDGE, Basis
+from opmix_dist.search.laws.basis import NARROW_RIDGE, UNVISITED, Basis
 from opmix_dist.search.laws.starts import best_of_starts
 
 # exp(t . u) that differs more than e^10-fold between components is noise that was fitted, not a law.
@@ -142,10 +142,9 @@ class _Design:
 
     def determined(self, used: np.ndarray) -> bool:
         """Whether the candidates used [M] bool are enough to determine all coefficients."""
-        components = self.observations.candidates.shape[1]
-        sloped = self.sloped & used
-        distinct = len(np.unique(self.observations.candidates[used], axis=0))
-        equations = distinct + (components - 1) * int(sloped.sum())
+        candidates, sloped = self.observations.candidates, self.sloped & used
+        values, gradients = (len(np.unique(candidates[rows], axis=0)) for rows in (used, sloped))
+        equations = values + (candidates.shape[1] - 1) * gradients
         if equations < self.coefficients:
             return False
         if sloped.any():
@@ -217,8 +216,11 @@ def _design_warnings(design: _Design, *, asked_for_averaging: bool) -> Iterator[
             f"term: use {needed} or more that differ in how many components they mix"
         )
     if not design.determined(np.ones(points, dtype=bool)):
+        varies = np.ptp(design.observations.candidates, axis=0) > UNVISITED
+        alike = [name for name, does in zip(design.observations.components, varies, strict=True) if not does]
+        where = f", as all of them have the same of {', '.join(alike)}" if alike and points > 1 else ""
         yield (
-            f"{points} candidates do not determine laws of {design.coefficients} coefficients: "
+            f"{points} candidates do not determine laws of {design.coefficients} coefficients{where}: "
             "the flattest laws that fit were taken; use more distinct candidates"
         )
     narrow = design.narrow()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.stats import rankdata
 
+from opmix_dist.search.laws import robust
 from opmix_dist.search.laws.base import Family, Law, LawFit, Observations
 
 FOLDS = 10
@@ -16,7 +17,7 @@ def fit_with_quality(family: Family, observations: Observations, *, seed: int) -
     losses = observations.losses
     predicted = law.predict(observations.candidates)
     left_out = predict_left_out(family, observations, law, seed=seed)
-    constant = np.ptp(losses, axis=0) <= 1e-9 * losses.mean(axis=0)
+    constant = robust.is_constant(losses.T)
     with np.errstate(over="ignore"):  # a law that explodes at the point left out: inf says so
         loo_error = np.sqrt(((left_out - losses) ** 2).mean(axis=0))
     return LawFit(

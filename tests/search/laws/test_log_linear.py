@@ -193,8 +193,9 @@ def test_too_few_candidates_fit_the_data_with_a_warning(count):
 
 def test_a_component_that_no_candidate_contains_is_warned_about():
     candidates = np.column_stack([sample_candidates(2, 12, seed=0), np.zeros(12)])
-    fit = fit_log_linear(candidates, 2 + candidates[:, :1], seed=0)
+    fit = fit_law(Observations(candidates, 2 + candidates[:, :1], components=["a", "b", "c"]), seed=0)
     assert "do not determine" in fit.warnings[0]
+    assert "all of them have the same of c" in fit.warnings[0]
     assert np.isfinite(fit.law.predict(np.eye(3))).all()
 
 
@@ -434,3 +435,10 @@ def test_slopes_enter_the_equations_of_the_solver_as_derivatives(feature):
         step[:, k] = 1e-6
         numeric = (regressions.huber(theta + step) - regressions.huber(theta - step)) / 2e-6
         np.testing.assert_allclose(gradient[:, k], numeric, rtol=1e-5, atol=1e-7)
+
+
+def test_a_gradient_that_was_measured_twice_counts_once():
+    law = random_law(np.random.default_rng(8), 2, 4, 0.8)
+    candidates = np.full((2, 4), 0.25)
+    observations = Observations(candidates, law.predict(candidates), gradients=tangential(law, candidates))
+    assert "do not determine" in fit_law(observations, seed=0).warnings[0]
