@@ -31,8 +31,8 @@ def resampled(fit, **settings):
 
 
 @cache
-def outcomes(case, count=12):
-    return [search(case, number, count=50) for number in range(count)]
+def outcomes(case, count=12, resamples=40):
+    return [search(case, number, count=resamples) for number in range(count)]
 
 
 @pytest.mark.parametrize("what", ["weights", "mixtures", "probes"])
@@ -46,7 +46,7 @@ def test_nine_of_ten_intervals_hold_the_truth(what):
 
 def test_no_loss_depends_on_the_mixture_so_staying_is_right():
     # One-sided 90%: one move in ten at most, of 8 more than 3 in one of 200 tests.
-    found = outcomes(Case(domains=3, candidates=12, noise=0.005, effect=0.0), count=8)
+    found = outcomes(Case(domains=3, candidates=12, noise=0.005, effect=0.0), count=8, resamples=20)
     assert sum(outcome.moved for outcome in found) <= 3
     # Where mixtures do differ most searches move, and for the better.
     clear = outcomes(Case(domains=3, candidates=12, noise=0.005))
@@ -142,11 +142,11 @@ def test_gradients_make_intervals_narrow():
 @pytest.mark.parametrize("family", ["power", "quadratic", "gaussian_process"])
 def test_every_family_has_intervals(family):
     fit = fitted(0.004, points=24, family=family)
-    found = resampled(fit, count=10, keep=KEEP)
+    found = resampled(fit, count=5, keep=KEEP)
     low, high = found.interval()
     assert (low <= high).all()
     assert (high - low).max() > 1e-4
-    assert len(found.laws) == len(found.gains) == 10
+    assert len(found.laws) == len(found.gains) == 5
 
 
 def test_a_bound_that_a_resampled_law_cannot_keep_leaves_the_nearest_mixture():
