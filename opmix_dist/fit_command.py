@@ -74,9 +74,10 @@ def _fit(arguments: argparse.Namespace, rest: list[str]) -> None:
     from opmix_dist.terminal import open_console, say
 
     sources = parse_sources(arguments.source)
-    analysis = analyse(load_fit_config(arguments.config, [*_overrides(arguments), *rest]))
-    files = write_outputs(analysis, arguments.output_dir, sources)
     console = open_console()
+    config = load_fit_config(arguments.config, [*_overrides(arguments), *rest])
+    analysis = analyse(config, on_progress=lambda line: say(console, line))
+    files = write_outputs(analysis, arguments.output_dir, sources)
     if analysis.outcome:
         console.print(mixture_table(analysis, analysis.outcome))
     console.print(quality_table(analysis))
@@ -99,6 +100,7 @@ def mixture_table(analysis: Analysis, outcome: Outcome) -> Table:
     from rich.table import Table
     from rich.text import Text
 
+    from opmix_dist.data.printable import printable
     from opmix_dist.report import words
 
     settings, current = analysis.config.bootstrap, analysis.inputs.current
@@ -115,7 +117,7 @@ def mixture_table(analysis: Analysis, outcome: Outcome) -> Table:
         cells = [words.share(weights[i]) for weights in columns.values()]
         if interval:
             cells.append(f"{words.share(interval[0][i])} to {words.share(interval[1][i])}")
-        table.add_row(Text(domain), *cells)
+        table.add_row(Text(printable(domain)), *cells)
     return table
 
 
@@ -124,6 +126,7 @@ def quality_table(analysis: Analysis) -> Table:
     from rich.table import Table
     from rich.text import Text
 
+    from opmix_dist.data.printable import printable
     from opmix_dist.fit.outputs import quality_rows
     from opmix_dist.report import words
 
@@ -142,7 +145,7 @@ def quality_table(analysis: Analysis) -> Table:
         table.add_column(name, justify="right")
     for i, metric in enumerate(analysis.inputs.metrics):
         cells = [words.loss(float(values[i])) for values in columns.values()]
-        table.add_row(Text(metric), *cells, *(words.loss(quality[i][key]) for key in names))
+        table.add_row(Text(printable(metric)), *cells, *(words.loss(quality[i][key]) for key in names))
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -51,17 +52,28 @@ class Analysis:
         return (*self.inputs.notes, *self.fit.warnings)
 
 
-def analyse(config: FitConfig) -> Analysis:
+def _silent(line: str) -> None:
+    pass
+
+
+def analyse(config: FitConfig, on_progress: Callable[[str], None] = _silent) -> Analysis:
     """Read the tables, fit the laws, propose a mixture.
+
+    Args:
+        on_progress: called with a line before each part that may take minutes.
 
     Raises:
         UserError: as ``read_inputs``; bounds that no mixture satisfies; a prior or a law that does not fit.
     """
     inputs = read_inputs(config)
+    runs, domains, metrics = len(inputs.fitted.runs), len(inputs.domains), len(inputs.metrics)
+    on_progress(f"fitting: {runs} runs, {domains} domains, {metrics} metrics")
     fit = _fit(config, inputs.fitted)
     held_out = inputs.held_out
     held_out_losses = fit.law.predict(held_out.ratios) if held_out else None
-    outcome = None if config.proposer.fit_only else _propose(config, inputs, fit)
+    outcome = None
+    if not config.proposer.fit_only:
+        outcome = _propose(config, inputs, fit, on_progress)
     return Analysis(config, inputs, fit, held_out_losses, outcome)
 
 
@@ -81,7 +93,7 @@ def _fit(config: FitConfig, swarm: Swarm) -> LawFit:
         raise UserError(f"the laws cannot be fitted: {error}") from error
 
 
-def _propose(config: FitConfig, inputs: Inputs, fit: LawFit) -> Outcome:
+def _propose(config: FitConfig, inputs: Inputs, fit: LawFit, on_progress: Callable[[str], None]) -> Outcome:
     current = inputs.current
     current_losses = None if current is None else fit.law.predict(current[None], averaging=False)[0]
     try:
@@ -90,6 +102,8 @@ def _propose(config: FitConfig, inputs: Inputs, fit: LawFit) -> Outcome:
             return Outcome(problem, _worst(config, fit, problem), current_losses)
         proposal = propose(fit.law, problem, seed=config.regression.seed)
         outcome = Outcome(problem, proposal, current_losses)
+        if config.bootstrap.count:
+            on_progress(f"intervals: {config.bootstrap.count} fits to resampled losses")
         return _with_errors(config, fit, outcome, current) if config.bootstrap.count else outcome
     except InfeasibleError as error:
         raise UserError(f"no mixture satisfies the bounds: {error}") from error

@@ -209,7 +209,7 @@ def test_the_runs_of_the_split_are_those_of_olmix(run: Run, tmp_path: Path) -> N
 def test_intervals_hold_the_truth_and_a_clear_gain_is_taken(run: Run, tmp_path: Path) -> None:
     current = tmp_path / "current.yaml"
     current.write_text("web: 0.8\ncode: 0.1\nmath: 0.1\n")
-    found = run("--current", str(current), "--bootstrap.confidence=0.98", noise=0.01)
+    found = run("--current", str(current), "--bootstrap.confidence=0.98", "--bootstrap.count=40", noise=0.01)
     proposal = found["proposal"]
     best = optimum(lambda x: mean_loss(x, 0.05, np.full(3, 1 / 3)))
     for domain, share in zip(DOMAINS, best, strict=True):
@@ -226,7 +226,7 @@ def test_a_gain_within_the_noise_is_not_taken(run: Run, tmp_path: Path) -> None:
     best = optimum(lambda x: mean_loss(x, 0.05, np.full(3, 1 / 3)))
     current = tmp_path / "current.json"
     current.write_text(json.dumps({"weights": dict(zip(DOMAINS, best, strict=True))}))
-    found = run("--current", str(current), noise=0.05)
+    found = run("--current", str(current), "--bootstrap.count=40", noise=0.05)
     assert found["proposal"]["decision"]["move"] is False
     assert "stay: gain" in found["out"]
     written = json.loads((tmp_path / "out" / "mixture" / "mixture.json").read_text())
@@ -235,7 +235,7 @@ def test_a_gain_within_the_noise_is_not_taken(run: Run, tmp_path: Path) -> None:
 
 def test_the_same_seed_gives_the_same_files(run: Run, tmp_path: Path) -> None:
     def contents() -> dict[str, bytes]:
-        run("--bootstrap.count=10", noise=0.01)
+        run("--bootstrap.count=5", noise=0.01)
         return {
             str(f): f.read_bytes() for f in (tmp_path / "out").rglob("*") if f.suffix in (".json", ".csv")
         }
