@@ -86,9 +86,9 @@ def _what_if(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _asked(searched: Searched, texts: Sequence[str], start: str | None) -> np.ndarray:
-    """Coefficients u [K] of the mixture that ``--set`` makes."""
+    """Coefficients u [K] of the mixture that ``--set`` makes, of as many probes as the proposal's."""
     from opmix_dist.search.simplex import coefficients_of
-    from opmix_dist.search.what_if import with_shares
+    from opmix_dist.search.what_if import as_mixed_as, with_shares
 
     if start == "current" and searched.current is None:
         raise UserError(
@@ -102,9 +102,10 @@ def _asked(searched: Searched, texts: Sequence[str], start: str | None) -> np.nd
         mixture = with_shares(u @ composition, shares)
         for index, share in shares.items():
             _require_reach(searched.domains[index], share, composition[:, index])
-        return coefficients_of(mixture, composition, domains=searched.domains)
+        asked = coefficients_of(mixture, composition, domains=searched.domains)
     except ValueError as error:
         raise UserError(f"--set {' '.join(texts)}: {error}") from None
+    return as_mixed_as(searched.proposal, asked, composition)
 
 
 def _shares(texts: Sequence[str], domains: Sequence[str]) -> dict[int, float]:

@@ -91,6 +91,42 @@ def with_shares(mixture: np.ndarray, shares: Mapping[int, float]) -> np.ndarray:
     return result / result.sum()
 
 
+def as_mixed_as(like: np.ndarray, u: np.ndarray, composition: np.ndarray) -> np.ndarray:
+    """Coefficients [K] of the mixture C^T u that mix as many probes as ``like`` [K], as nearly as can be.
+
+    Models that mix several probes gain from averaging, whatever the probes were trained on: mixtures are
+    compared at like 1 / sum u^2, the effective number of probes, so that such gains drop out. Between ``u``,
+    which mixes most (``coefficients_of``), and the coefficients of the same mixture that mix least, a point
+    is taken; where a mixture has only one set of coefficients there is nothing to choose.
+
+    Args:
+        u: [K], of all coefficients of its mixture those of the least sum of squares; composition: C [K, X].
+    """
+    away = _least_mixed(u, composition) - u
+    square, slope, missing = away @ away, u @ away, u @ u - like @ like
+    if square < 1e-18 or missing >= 0:
+        return u
+    # |u + b away|^2 = |like|^2 for the b above 0, as far as the least mixed at most
+    b = min((-slope + np.sqrt(slope**2 - square * missing)) / square, 1.0)
+    moved = np.clip(u + b * away, 0, None)
+    return moved / moved.sum()
+
+
+def _least_mixed(u: np.ndarray, composition: np.ndarray) -> np.ndarray:
+    """Of the coefficients of u's mixture with as much of one component as there can be, the least mixed."""
+    found = [u]
+    for component in np.eye(len(u)):
+        program = linprog(
+            -component,
+            A_eq=np.vstack([composition.T, np.ones(len(u))]),
+            b_eq=np.append(u @ composition, 1.0),
+            bounds=(0, None),
+        )
+        if program.status == 0:  # else u, within rounding of the border, is all that there is
+            found.append(np.clip(program.x, 0, None) / np.clip(program.x, 0, None).sum())
+    return max(found, key=lambda point: float(point @ point))
+
+
 @dataclass(frozen=True)
 class Reach:
     """How far from the candidates U [M, K] a law is asked, in shares of the coefficients.

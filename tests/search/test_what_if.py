@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opmix_dist.search.laws import LogLinearLaw
-from opmix_dist.search.what_if import Forecast, Reach, distance_outside, with_shares
+from opmix_dist.search.simplex import Components, coefficients_of
+from opmix_dist.search.what_if import Forecast, Reach, as_mixed_as, distance_outside, with_shares
 
 
 def test_predictions_are_the_laws_by_hand():
@@ -69,6 +70,37 @@ def test_a_set_share_is_exact_and_ratios_stay(weights, share):
     assert changed[0] == pytest.approx(share)
     assert changed.sum() == pytest.approx(1)
     assert changed[1] * mixture[2] == pytest.approx(changed[2] * mixture[1])
+
+
+HALVES = Components.for_rebalance(["a", "b"], np.array([0.5, 0.5]), domain_share=1.0).matrix
+
+
+def test_coefficients_between_all_of_old_and_none_by_hand():
+    """Half of each domain is u = (t, (1 - t) / 2, (1 - t) / 2) for any t, with sum u^2 = t^2 + (1 - t)^2 / 2:
+    least, 1/3, at t = 1/3. Half of `old` has 0.375, as has (0.25, 0.5, 0.25)."""
+    u = coefficients_of(np.array([0.5, 0.5]), HALVES)
+    assert u == pytest.approx([1 / 3, 1 / 3, 1 / 3], abs=1e-5)
+    assert as_mixed_as(np.array([0.25, 0.5, 0.25]), u, HALVES) == pytest.approx([0.5, 0.25, 0.25], abs=1e-5)
+    assert as_mixed_as(np.array([1.0, 0.0, 0.0]), u, HALVES) == pytest.approx([1.0, 0.0, 0.0], abs=1e-5)
+    assert as_mixed_as(np.full(3, 1 / 3), u, HALVES) == pytest.approx(u)
+
+
+def test_one_set_of_coefficients_stays():
+    u = np.array([0.2, 0.3, 0.5])
+    assert as_mixed_as(np.array([1.0, 0.0, 0.0]), u, np.eye(3)) == pytest.approx(u)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_mixture_stays_and_as_many_probes_are_mixed(seed):
+    rng = np.random.default_rng([seed, 3])
+    composition = Components.for_rebalance(list("abcd"), rng.dirichlet(np.ones(4))).matrix
+    mixture, like = rng.dirichlet(np.ones(5)) @ composition, rng.dirichlet(np.ones(5))
+    u = coefficients_of(mixture, composition)
+    found = as_mixed_as(like, u, composition)
+    assert found @ composition == pytest.approx(mixture, abs=1e-5)
+    assert found.sum() == pytest.approx(1)
+    assert u @ u <= found @ found + 1e-9
+    assert found @ found <= max(like @ like, u @ u) + 1e-6
 
 
 def test_distance_from_the_candidates_by_hand():
