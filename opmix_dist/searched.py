@@ -83,7 +83,7 @@ def _of_run(run: RunDir, name: str | None, confidence: float | None, resampled: 
             count=resampled or settings.proposal.bootstrap or RESAMPLED,
             seed=derive_seed(request.seed, "bootstrap"),
         ),
-        current=staying(request),
+        current=staying(request, like=u),
         proposal=u,
         confidence=confidence or settings.proposal.confidence,
         notes=(NO_LAWS,) if settings.method == "gradient" else _differences(fit.law, u, proposed, request),

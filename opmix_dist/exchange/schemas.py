@@ -116,7 +116,7 @@ class Interval(Record):
 
 class Gain(Record):
     """What moving gains over staying, in the objective without its KL term, nats per token; above 0 is
-    better."""
+    better. Both mix as many probes: averaging them lowers losses, whatever the mixture."""
 
     predicted: Finite | None
     """By the laws, None where there are none."""
@@ -127,7 +127,8 @@ class Gain(Record):
     stderr: Finite
     """Of the measured gain, paired by sample."""
     averaging: Finite | None = None
-    """What of it comes from averaging probes and not from the mixture, by laws that have that term."""
+    """What averaging alone gains, and is no part of the above: the measured gain of staying with as many
+    probes as the proposal mixes over staying with `old` alone. None where only one u gives a mixture."""
 
 
 class Decision(Record):
@@ -168,6 +169,8 @@ class Proposal(Record):
     """Of each weight, from resampled laws; empty where there are none."""
     confidence: float | None = None
     """Of all intervals."""
+    stay: dict[Name, Finite] = Field(default_factory=dict)
+    """Coefficients that stand for staying: the current mixture with as many probes as the proposal mixes."""
     gain: Gain | None = None
     decision: Decision | None = None
     rounds: int = 1

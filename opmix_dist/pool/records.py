@@ -36,8 +36,9 @@ from opmix_dist.search_config import ProposalConfig
 
 @dataclass(frozen=True)
 class Outcome:
-    """All that a search found. base, stay, landed: what was measured of the snapshot, of the model that goes
-    on as before, and at the proposal, one candidate each; measured: of all that the method asked for."""
+    """All that a search found. What was measured, one candidate each: base, of the snapshot; alone, of going
+    on as before; stay, of the same mixture with as many probes as the proposal mixes, which all comparisons
+    are with; landed, at the proposal. measured: of all that the method asked for."""
 
     request: SearchRequest
     settings: ProposalConfig
@@ -46,6 +47,7 @@ class Outcome:
     observations: Observations
     measured: Evaluations
     base: Evaluations
+    alone: Evaluations
     stay: Evaluations
     landed: Evaluations
     bars: Bootstrap | None
@@ -60,59 +62,50 @@ class Outcome:
     def u(self) -> np.ndarray:
         return self.result.proposal.u
 
-    def predict(self, u: np.ndarray, *, averaging: bool = True) -> np.ndarray | None:
-        """Losses [D] by the law at u [K]; None without a law."""
-        return None if self.law is None else self.law.predict(u[None], averaging=averaging)[0]
+    @cached_property
+    def keep(self) -> np.ndarray:
+        """u [K] of staying, to compare with the proposal."""
+        return staying(self.request, like=self.u)
+
+    def predict(self, u: np.ndarray) -> np.ndarray | None:
+        """Losses [D] by the law at u [K], of what is simulated there; None without a law."""
+        return None if self.law is None else self.law.predict(u[None])[0]
 
     @cached_property
     def gain(self) -> Gain:
         """Of the proposal over staying."""
         value = self.problem.value
-        stay, landed = self.stay.losses.loss[0], self.landed.losses.loss[0]
-        slopes = self.problem.slope(stay), self.problem.slope(landed)
+        alone, stay, landed = (one.losses.loss[0] for one in (self.alone, self.stay, self.landed))
+        predicted = None
+        if self.law is not None:
+            by_law = value(self.law.predict(np.stack([self.keep, self.u]), averaging=False))
+            predicted = float(by_law[0] - by_law[1])
         return Gain(
-            predicted=self._predicted_gain(averaging=False),
+            predicted=predicted,
             interval=None if self.bars is None else _interval(self.bars.gains, self.settings.confidence),
             measured=float(value(stay) - value(landed)),
             stderr=paired_stderr(
-                (self.stay.sums[0], slopes[0]),
-                (self.landed.sums[0], slopes[1]),
+                (self.stay.sums[0], self.problem.slope(stay)),
+                (self.landed.sums[0], self.problem.slope(landed)),
                 self.base.targets,
                 self.base.domain_ids,
             ),
-            averaging=self._averaging_gain(),
+            averaging=None if self.request.new_domain else float(value(alone) - value(stay)),
         )
-
-    def _predicted_gain(self, *, averaging: bool) -> float | None:
-        stay = self.predict(staying(self.request), averaging=averaging)
-        landed = self.predict(self.u, averaging=averaging)
-        if stay is None or landed is None:
-            return None
-        return float(self.problem.value(stay) - self.problem.value(landed))
-
-    def _averaging_gain(self) -> float | None:
-        """What averaging adds to the predicted gain; None for laws that do not tell it apart."""
-        whole, without = self._predicted_gain(averaging=True), self._predicted_gain(averaging=False)
-        if whole is None or without is None or whole == without:
-            return None
-        return whole - without
 
     @cached_property
     def decision(self) -> Decision:
-        """Measured gains decide; what averaging probes gave is no gain of the mixture and does not count."""
+        """The measured gain decides, which averaging probes has no part in: both sides average alike."""
         if not self.settings.no_move:
             return Decision(move=True, reason="search.proposal.no_move is off: the proposal is taken")
         if self.request.new_domain:
             return Decision(
                 move=True, reason=f"{self.request.new_domain} joins: the mixture without it ends here"
             )
-        broken = self.problem.violations(self.stay.losses.loss[0], staying(self.request))
+        broken = self.problem.violations(self.stay.losses.loss[0], self.keep)
         if broken:
             return Decision(move=True, reason=f"the mixture cannot stay: {'; '.join(broken)}")
-        gain = self.gain
-        found = decide(
-            gain.measured - (gain.averaging or 0.0), gain.stderr, confidence=self.settings.confidence
-        )
+        found = decide(self.gain.measured, self.gain.stderr, confidence=self.settings.confidence)
         return Decision(move=found.move, reason=found.reason)
 
 
@@ -215,7 +208,7 @@ def proposal_record(outcome: Outcome) -> Proposal:
         return dict(zip(request.domains, map(float, values), strict=True))
 
     landed, stay = outcome.landed.losses.loss[0], outcome.stay.losses.loss[0]
-    predicted, predicted_stay = outcome.predict(outcome.u), outcome.predict(staying(request))
+    predicted, predicted_stay = outcome.predict(outcome.u), outcome.predict(outcome.keep)
     intervals = {}
     if outcome.bars is not None:
         ends = zip(*outcome.bars.interval(confidence), strict=True)
@@ -241,6 +234,7 @@ def proposal_record(outcome: Outcome) -> Proposal:
         objective_name=outcome.problem.objective,
         intervals=intervals,
         confidence=confidence if intervals else None,
+        stay=dict(zip(request.components, map(float, outcome.keep), strict=True)),
         gain=outcome.gain,
         decision=outcome.decision,
         rounds=outcome.result.rounds,

@@ -119,9 +119,25 @@ def share_caps(
     ).tolist()
 
 
-def staying(request: SearchRequest) -> np.ndarray:
-    """Coefficients [K] of going on as before: the component ``old`` alone.
+def staying(request: SearchRequest, like: np.ndarray | None = None) -> np.ndarray:
+    """Coefficients u [K] of going on as before: the component ``old`` alone.
 
-    For a new domain, the mixture that is nearest to going on as before: ``old`` has a tenth of it.
+    Models that mix several probes gain from averaging, whatever the probes were trained on. To compare with
+    the coefficients ``like`` [K], the same mixture p is therefore reached as a old + (1 - a) (each domain's
+    probe by its share in p): these probes are on share s of their domains and 1 - s of p. Of all a, that is
+    taken whose sum u^2, the inverse of the effective number of probes, is nearest to that of ``like``; of
+    two, the one with the nearer weight of ``old``.
+
+    For a new domain, ``old`` has a tenth of it: the nearest to going on as before that a search knows.
     """
-    return np.eye(len(request.components))[request.components.index(OLD)]
+    alone = np.eye(len(request.components))[request.components.index(OLD)]
+    if like is None or request.new_domain:
+        return alone
+    spread = np.array([0.0 if name == OLD else request.current[name] for name in request.components])
+    s, target = spread @ spread, like @ like  # sum u^2 is a^2 + (1 - a)^2 s, least at a = s / (1 + s)
+    root = np.sqrt(max(target * (1 + s) - s, 0.0))
+    found = [float(np.clip((s + sign * root) / (1 + s), 0, 1)) for sign in (-1, 1)]
+    misses = [abs(a**2 + (1 - a) ** 2 * s - target) for a in found]
+    nearest = [a for a, miss in zip(found, misses, strict=True) if miss <= min(misses) + 1e-12]
+    a = min(nearest, key=lambda a: abs(a - like @ alone))
+    return a * alone + (1 - a) * spread

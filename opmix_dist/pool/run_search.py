@@ -103,9 +103,11 @@ class _Search:
         self.status.enter(SearchStage.EVALUATING, total=self._planned())
         self.base = self._evaluate(np.zeros((1, len(self.request.components))))
         self._search()
-        stay, landed = self._evaluate(staying(self.request)[None]), self._evaluate(self._proposed()[None])
+        u = self._proposed()
+        points = (staying(self.request), staying(self.request, like=u), u)
+        measured = [self._evaluate(point[None]) for point in points]
         self.status.enter(SearchStage.FITTING)
-        self._on_leader(lambda: self._conclude(stay, landed))
+        self._on_leader(lambda: self._conclude(*measured))
         self.status.enter(SearchStage.PROPOSED)
 
     def _open(self) -> None:
@@ -208,12 +210,12 @@ class _Search:
         self.together(lambda: work() if self.world.is_leader else None)
 
     def _planned(self) -> int:
-        """Evaluations that this rank may expect: the base, all asks, staying, the proposal."""
+        """Evaluations that this rank may expect: the base, all asks, staying twice, the proposal."""
         settings = self.config.search
         asked = settings.candidates.count + settings.refinement.rounds * settings.refinement.count
         if settings.method == "gradient":
-            return settings.gradient.max_evaluations + 3
-        return -(-asked // self.world.size) + 3
+            return settings.gradient.max_evaluations + 4
+        return -(-asked // self.world.size) + 4
 
     def _search(self) -> None:
         """The leader asks and is told; all ranks evaluate. Leaves the result on the leader."""
@@ -307,7 +309,7 @@ class _Search:
             flops = tokens * self.flops.forward + candidates * components * self.flops.merge_per_adapter
         self.ledger.add("evaluation", flops=flops, tokens=tokens)
 
-    def _conclude(self, stay: Evaluations, landed: Evaluations) -> None:
+    def _conclude(self, alone: Evaluations, stay: Evaluations, landed: Evaluations) -> None:
         """Error bars and decision; everything a reader needs is there before the status says so."""
         settings = self.config.search.proposal
         with self.ledger.timed("fit"):
@@ -320,6 +322,7 @@ class _Search:
             observations=self.observations,
             measured=self.measured,
             base=self.base,
+            alone=alone,
             stay=stay,
             landed=landed,
             bars=bars,

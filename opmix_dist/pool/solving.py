@@ -98,6 +98,6 @@ def error_bars(
         problem,
         count=settings.bootstrap,
         seed=derive_seed(request.seed, "bootstrap"),
-        keep=staying(request),
+        keep=staying(request, like=result.proposal.u),
         proposal=result.proposal,
     )

@@ -65,15 +65,16 @@ def _decision(proposal: Proposal) -> Iterator[Html]:
         yield page.element("p", page.element("strong", f"{verdict}."), f" {proposal.decision.reason}.")
     if proposal.gain is not None:
         rows = [[what, text] for what, text in words.gain(proposal.gain, proposal.confidence).items()]
-        yield page.table([f"gain over staying ({proposal.objective_name} loss)", "nats per token"], rows)
+        yield page.table(["gain over staying", words.objective(proposal.objective_name)], rows)
 
 
 _LANDING = (
     "Change from the snapshot that the search started from: ○ staying on the old mixture and ◇ moving to the "
-    "proposal, as the law predicts (open) and as measured on the model simulated by interpolated adapters "
-    "(● ◆); ★ realised by the end of the run. Law and simulation describe the same model and should agree. "
-    "Both look {horizon} tokens ahead, at the learning rate of the probes, so neither is expected to equal "
-    "the final loss. All are measured on the search's held-out samples, which the losses above leave out."
+    "proposal, with as many probes averaged in both, as the law predicts (open) and as measured on the model "
+    "simulated by interpolated adapters (● ◆); ★ realised by the end of the run. Law and simulation describe "
+    "the same model and should agree. Both look {horizon} tokens ahead, at the learning rate of the probes, "
+    "so neither is expected to equal the final loss. All are measured on the search's held-out samples, "
+    "which the losses above leave out."
 )
 
 

@@ -179,7 +179,7 @@ def _landing_table(proposal: Proposal) -> Table:
 def _gain_tables(proposal: Proposal) -> Iterator[Table]:
     if proposal.gain is None:
         return
-    title = f"Gain of moving ({proposal.objective_name} loss, nats per token; above 0 is better)"
+    title = f"Gain of moving ({words.objective(proposal.objective_name)}; above 0 is better)"
     table = _table(title, ["known from"], ["gain"])
     for what, text in words.gain(proposal.gain, proposal.confidence).items():
         table.add_row(what, text)

@@ -41,17 +41,28 @@ def percent(value: float) -> str:
 
 
 def gain(found: Gain, confidence: float | None) -> dict[str, str]:
-    """What is known of a gain, by where it comes from."""
-    lines = {"measured on the same samples": f"{signed(found.measured)} ± {found.stderr:.4f}"}
+    """What is known of a gain, by where it comes from. Three digits: some objectives change by 1e-5."""
+    lines = {"measured on the same samples": f"{_three_digits(found.measured)} ± {found.stderr:.2g}"}
     if found.predicted is not None:
         interval = ""
         if found.interval is not None and confidence is not None:
-            ends = f"{signed(found.interval.low)} to {signed(found.interval.high)}"
+            ends = f"{_three_digits(found.interval.low)} to {_three_digits(found.interval.high)}"
             interval = f" ({percent(confidence)}: {ends})"
-        lines["predicted by the laws"] = f"{signed(found.predicted)}{interval}"
+        lines["predicted by the laws"] = f"{_three_digits(found.predicted)}{interval}"
     if found.averaging is not None:
-        lines["of it from averaging probes, not from the mixture"] = signed(found.averaging)
+        lines["left out: of averaging probes alone, on the old mixture"] = _three_digits(found.averaging)
     return lines
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:+.3g}".replace("-", "−")
+
+
+def objective(name: str) -> str:
+    """What a gain is one of, and its unit."""
+    if name == "relative":
+        return "mean of losses over the snapshot's"
+    return f"{name.replace('_', ' ')} loss, nats per token"
 
 
 def comparison(value: float, reference: float) -> str:

@@ -13,6 +13,7 @@ from opmix_dist.exchange.rundir import SearchDir
 from opmix_dist.exchange.schemas import SearchStage
 from opmix_dist.models.loss import paired_stderr
 from opmix_dist.pool import run_search
+from opmix_dist.pool.requests import staying
 from tests.conftest import DOMAINS
 from tests.pool.searches import CURRENT, answer, quick_config, request
 
@@ -74,8 +75,8 @@ def test_a_search_killed_in_its_evaluations_goes_on_to_the_same_proposal(
     monkeypatch.setattr(run_search, "simulate_sums", counted)
     answer(config, search)
     assert lasting(search) == lasting(finished)
-    assert sum(evaluated) + sum(again) == len(list(search.evaluations.iterdir())) == 9, (
-        "snapshot, 7 candidates of which one stays, proposal: each once"
+    assert sum(evaluated) + sum(again) == len(list(search.evaluations.iterdir())) == 10, (
+        "snapshot, 7 candidates of which one stays, staying like the proposal, proposal: each once"
     )
     assert trained == [search.probe(name).joinpath("COMPLETE.json").stat().st_mtime_ns for name in COMPONENTS]
     ours, theirs = search.proposal().costs["evaluation"], finished.proposal().costs["evaluation"]
@@ -110,7 +111,11 @@ def test_what_a_search_writes_fits_together(finished: SearchDir) -> None:
     assert gain.measured == pytest.approx(np.mean(change), rel=1e-9)
     predicted = [proposal.predicted_current[d] - proposal.predicted[d] for d in DOMAINS]
     assert gain.predicted == pytest.approx(np.mean(predicted), rel=1e-9)
-    assert gain.averaging is None
+    stay = np.array([proposal.stay[name] for name in COMPONENTS])
+    assert stay @ composition == pytest.approx(list(CURRENT.values())), "another way to the same mixture"
+    assert stay @ stay == pytest.approx(u @ u), "with as many probes"
+    alone = np.mean([row["loss"] for row in candidates if row["candidate"] == 0])
+    assert gain.averaging == pytest.approx(alone - np.mean(list(proposal.simulated_current.values())))
     assert proposal.decision is not None
     assert proposal.decision.move == (gain.measured > 1.2815515655446004 * gain.stderr)
 
@@ -178,3 +183,28 @@ def test_paired_errors_by_hand() -> None:
     # the worst domain of the one is domain 0, that of the other domain 1: nothing cancels
     worst = paired_stderr((first, np.array([1.0, 0.0])), (second, np.array([0.0, 1.0])), targets, ids)
     assert worst == pytest.approx(np.sqrt(4.0**2 + 0.5**2))
+
+
+def test_staying_with_as_many_probes_as_the_proposal(finished: SearchDir) -> None:
+    """The current mixture is 0.5, 0.3, 0.2, so that spread probes have sum u^2 = 0.38."""
+    request = finished.request()
+    assert staying(request).tolist() == [1, 0, 0, 0]
+    composition, current = np.array(request.composition), np.array(list(CURRENT.values()))
+    # a^2 + 0.38 (1 - a)^2 = 0.5 at a = (0.38 +- sqrt(0.5 * 1.38 - 0.38)) / 1.38
+    for weight_of_old, sign in ((0.0, 1), (0.7, 1)):
+        like = np.array([weight_of_old, 0.0, 0.0, np.sqrt(0.5 - weight_of_old**2)])
+        a = (0.38 + sign * np.sqrt(0.31)) / 1.38
+        np.testing.assert_allclose(staying(request, like), [a, *((1 - a) * current)])
+    # 0.32: (0.38 +- sqrt(0.0616)) / 1.38 are both possible: the proposal's `old` decides
+    for weight_of_old, a in ((0.4, 0.455213), (0.1, 0.095512)):
+        like = np.array([weight_of_old, np.sqrt(0.32 - weight_of_old**2), 0.0, 0.0])
+        found = staying(request, like)
+        np.testing.assert_allclose(found, [a, *((1 - a) * current)], atol=1e-4)
+        np.testing.assert_allclose(found @ found, 0.32, atol=1e-9)
+    # below 0.38 / 1.38 nothing reaches: the most probes there are
+    assert staying(request, np.full(4, 0.25))[0] == pytest.approx(0.38 / 1.38)
+    for like in np.random.default_rng(0).dirichlet(np.ones(4), size=50):
+        found = staying(request, like)
+        assert found.min() >= 0
+        np.testing.assert_allclose(found @ composition, current, atol=1e-12)
+        assert found @ found == pytest.approx(max(like @ like, 0.38 / 1.38), abs=1e-9)
