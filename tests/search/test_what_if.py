@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opmix_dist.search.laws import LogLinearLaw
@@ -60,6 +60,7 @@ def test_shares_that_make_no_mixture(shares, message):
         with_shares(np.array([1.0, 0.0, 0.0]), shares)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.floats(0.01, 1), min_size=3, max_size=6),
     st.floats(0, 1),
