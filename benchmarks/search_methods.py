@@ -15,7 +15,7 @@ less the least there is. The truths are
    upon. Seeds change the candidates.
 
 ``--quick`` leaves 3 out. The last section tells what of the simulated gain is averaging of probes: the same
-mixture x reached through different coefficients u.
+mixture x reached through different coefficients u; so does the last column of 3.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from tests.search.truths import (
 ROOT = Path(__file__).parent.parent
 GRADIENT_COST = 3
 """Forward passes that an evaluation with gradients counts for: one forward, and twice that backward."""
+MIXED_MOST = "gain of its mixture over `old`'s, both mixed most, 1e-3 nats"
 NOISE = (0.0, 0.002, 0.01)
 
 Method = Callable[[Problem, int], MixtureSearch]
@@ -65,6 +66,18 @@ def by_law(
     return build
 
 
+def with_old(num_components: int, count: int, *, seed: int) -> np.ndarray:
+    """`old` alone and Dirichlet draws: what a run evaluates by default."""
+    drawn = sample_candidates(num_components, count - 1, seed=seed)
+    return np.vstack([np.eye(num_components)[0], drawn])
+
+
+def with_all_alike(num_components: int, count: int, *, seed: int) -> np.ndarray:
+    """The same mixture as `old`, which is uniform here, but of all probes; and Dirichlet draws."""
+    drawn = sample_candidates(num_components, count - 1, seed=seed)
+    return np.vstack([np.full(num_components, 1 / num_components), drawn])
+
+
 def by_gradients(most: int) -> Method:
     """From `old`, component 0."""
 
@@ -77,10 +90,14 @@ def by_gradients(most: int) -> Method:
 METHODS: dict[str, Method] = {
     "12 Dirichlet + law (the paper)": by_law(sample_candidates, 12),
     "20 Dirichlet + law (the paper)": by_law(sample_candidates, 20),
+    "`old`, 19 Dirichlet + law (the default)": by_law(with_old, 20),
+    "all probes alike, 19 Dirichlet + law": by_law(with_all_alike, 20),
     "12 Sobol + law": by_law(sobol_candidates, 12),
     "20 Sobol + law": by_law(sobol_candidates, 20),
     "12 Sobol + law, 4 rounds of 1": by_law(sobol_candidates, 12, rounds=4, each=1),
     "12 Sobol + law, 2 rounds of 4": by_law(sobol_candidates, 12, rounds=2, each=4),
+    "`old`, 11 Dirichlet + law, 2 rounds of 4": by_law(with_old, 12, rounds=2, each=4),
+    "all probes alike, 11 Dirichlet + law, 2 rounds of 4": by_law(with_all_alike, 12, rounds=2, each=4),
     "4 Sobol with gradients + law": by_law(sobol_candidates, 4, gradients=True),
     "4 Sobol with gradients + law, 2 rounds of 1": by_law(
         sobol_candidates, 4, rounds=2, each=1, gradients=True
@@ -101,19 +118,32 @@ class Case:
     noise: float = 0.0
 
 
-def rows(cases: Sequence[Case]) -> list[list[str]]:
-    """A row per method: evaluations, what they count in forward passes, regret; seed i searches case i."""
+def rows(cases: Sequence[Case], *, mixed_most: bool = False) -> list[list[str]]:
+    """A row per method: evaluations, what they count in forward passes, regret; seed i searches case i.
+
+    mixed_most: a last column, by how much the objective of the proposed mixture is lower than that of the
+    uniform one, where both are simulated with the coefficients that mix most.
+    """
     found = []
     for name, method in METHODS.items():
-        counts, costs, regrets = [], [], []
+        counts, costs, regrets, gains = [], [], [], []
         for seed, case in enumerate(cases):
             search = method(case.problem, seed)
             result, asked = run(search, case.truth, noise=case.noise, seed=seed)
             counts.append(len(asked))
             costs.append(len(asked) * (GRADIENT_COST if search.wants_gradients else 1))
             regrets.append(total(case.truth, case.problem, result.proposal.u) - case.least)
+            if mixed_most:
+                gains.append(_total_mixed_most(case, case.problem.prior))
+                gains[-1] -= _total_mixed_most(case, result.proposal.mixture)
         found.append([name, *(f"{statistics.mean(c):.1f}" for c in (counts, costs)), _spread(regrets)])
+        if mixed_most:
+            found[-1].append(_spread(gains))
     return found
+
+
+def _total_mixed_most(case: Case, mixture: np.ndarray) -> float:
+    return total(case.truth, case.problem, coefficients_of(mixture, case.problem.composition))
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -143,7 +173,9 @@ def real(losses: SimulatedLosses, seeds: int) -> tuple[Case, list[list[str]]]:
     rows([searched] * seeds)  # evaluates; everything is kept
     candidates, found = losses.evaluated
     case = Case(problem, losses, float(problem.totals(found, candidates).min()))
-    return case, rows([case] * seeds)
+    found_rows = rows([case] * seeds, mixed_most=True)
+    losses.save()
+    return case, found_rows
 
 
 def averaging(losses: SimulatedLosses, case: Case) -> list[str]:
@@ -220,7 +252,12 @@ def main() -> None:
         case, found = real(losses, 3)
         staying = total(losses, case.problem, np.eye(len(case.problem.composition))[0]) - case.least
         lines += ["## Simulated losses of real probes", ""]
-        lines += [f"`old` itself has a regret of {1e3 * staying:.1f}e-3 nats.", "", table(head, found), ""]
+        lines += [
+            f"`old` itself has a regret of {1e3 * staying:.1f}e-3 nats.",
+            "",
+            table([*head, MIXED_MOST], found),
+            "",
+        ]
         lines += ["## Averaging of probes", "", *averaging(losses, case), ""]
         print(*lines[-16:], sep="\n", flush=True)
     if arguments.out:

@@ -46,7 +46,8 @@ MODEL = ModelConfig(
 class SimulatedLosses:
     """Losses [M, D] and gradients [M, D, K] of a snapshot's simulated models; evaluated points are kept.
 
-    folder: holds corpus, snapshot and probes; what is there from an earlier run is used again.
+    folder: holds corpus, snapshot, probes and points; what is there from an earlier run is used again. Remove
+    it after a change of the settings above.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -61,8 +62,22 @@ class SimulatedLosses:
         self.heldout = held_out_samples(
             DataConfig(root=str(data)), self.catalogue, samples_per_domain=HELD_OUT, seed=0
         )
+        self._kept = folder / "points.npz"
         self._losses: dict[bytes, np.ndarray] = {}
         self._gradients: dict[bytes, np.ndarray] = {}
+        if self._kept.exists():
+            with np.load(self._kept) as found:
+                for name, points in (("losses", self._losses), ("gradients", self._gradients)):
+                    pairs = zip(found[f"{name}_at"], found[name], strict=True)
+                    points.update((u.tobytes(), values) for u, values in pairs)
+
+    def save(self) -> None:
+        """Keep the points for the next run."""
+        arrays = {}
+        for name, points in (("losses", self._losses), ("gradients", self._gradients)):
+            arrays[f"{name}_at"] = np.stack([np.frombuffer(key) for key in points])
+            arrays[name] = np.stack([*points.values()])
+        np.savez(self._kept, **arrays)
 
     def predict(self, candidates: np.ndarray) -> np.ndarray:
         """Losses [M, D] at U [M, K]."""
