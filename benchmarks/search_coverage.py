@@ -109,7 +109,7 @@ def report(truths: int) -> str:
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
     return f"""# Coverage of a search's intervals
 
-`python -m benchmarks.search_coverage`: {machine}, OMP_NUM_THREADS {threads}.
+`python -m benchmarks.search_coverage --truths {truths}`: {machine}, OMP_NUM_THREADS {threads}.
 
 {truths} truths a row, each with a search of its own. A probe for each domain (90% of it) and one for `old`,
 KL 0.05 to `old`, bootstrap of 100, intervals of 90%. Weights are those of the best mixture; one within 0.001
