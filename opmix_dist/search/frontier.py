@@ -102,6 +102,9 @@ class _TwoLosses:
         weights = np.asarray([first, second], dtype=np.float64)
         if not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any(axis=1).all():
             raise ValueError(f"weights must be finite, not negative and not all 0, got {weights.tolist()}")
+        count = law.predict(np.eye(len(problem.expanded))[:1]).shape[1]
+        if weights.shape != (2, count):
+            raise ValueError(f"the law has {count} losses, and weights are given of {weights.shape[-1]}")
         self.law = _ConvexWithSums(law, weights) if isinstance(law, ConvexLaw) else _WithSums(law, weights)
         self.problem, self.weights, self.kl, self.seed = problem, weights, kl, seed
 

@@ -1,5 +1,3 @@
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 
@@ -33,19 +31,25 @@ class Straight:
         return 2 - u
 
 
-@dataclass(frozen=True)
 class Hollow:
     """L_i = 2 - u_i^2, with the front sqrt(2 - L_1) + sqrt(2 - L_2) = 1: weighted sums only find its ends."""
-
-    steps: bool = False
 
     def predict(self, candidates, *, averaging=True):
         return 2 - candidates**2
 
     def gradient(self, u, *, averaging=True):
-        if self.steps:
-            raise NotImplementedError
         return np.diag(-2 * u)
+
+
+class Jump:
+    """See ``test_a_front_with_a_jump``."""
+
+    def predict(self, candidates, *, averaging=True):
+        s = candidates[:, 1]
+        return np.stack([1 + 0.6 * np.sin(np.pi * s) + 0.4 * s, 2 - s], axis=1)
+
+    def gradient(self, u, *, averaging=True):
+        return np.array([[0.0, 0.6 * np.pi * np.cos(np.pi * u[1]) + 0.4], [0.0, -1.0]])
 
 
 def require_front(front: Frontier):
@@ -98,14 +102,30 @@ def test_no_mixture_of_a_grid_is_better_in_both(seed):
 
 
 def test_the_ends_are_the_optima_of_single_losses():
-    rng = np.random.default_rng(3)
-    law = LogLinearLaw(rng.normal(0, 0.3, 2), rng.normal(0, 0.8, (2, 4)))
-    problem = pure(4, caps=np.full(4, 0.7))
-    front = pareto_front(law, problem, FIRST, SECOND, points=3)
-    for i, weights in enumerate((FIRST, SECOND)):
-        alone = propose(law, pure(4, caps=np.full(4, 0.7), kl=0.0, omega=weights))
-        best = law.predict(alone.u[None])[0, i]
-        assert front.losses[:, i].min() == pytest.approx(best, abs=1e-6)
+    """The first is the mean of a group that agrees on no corner, so that its optimum lies between them."""
+    t = np.array([[-2.0, 0.0, 0.0, 0.0], [0.0, -2.5, 0.0, 0.0], [-1.0, 0.0, -1.5, 0.0]])
+    law = LogLinearLaw(np.array([0.1, 0.3, -0.2]), t)
+    sides = np.array([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
+    front = pareto_front(law, pure(4), *sides, points=3)
+    assert front.u[0, :2].min() > 0.2
+    for i, weights in enumerate(sides):
+        alone = propose(law, pure(4, kl=0.0, omega=weights))
+        assert front.losses[:, i].min() == pytest.approx(law.predict(alone.u[None])[0] @ weights, abs=1e-6)
+
+
+def test_ties_at_an_end_are_broken_for_the_other_loss():
+    """The first two components serve the first loss alike; of them the second serves the other better."""
+    law = LogLinearLaw(np.zeros(2), np.array([[-1.0, -1.0, 0.0], [0.0, -0.5, -2.0]]))
+    front = pareto_front(law, pure(3), FIRST, SECOND, points=3)
+    assert front.u[0] == pytest.approx([0.0, 1.0, 0.0], abs=1e-3)
+
+
+def test_the_first_gap_is_filled_where_the_front_runs_along_its_chord():
+    """L_1 = 1 + exp(-u), L_2 = 1 + exp(-2 (1 - u)): the chord's slope is -(1 + 1/e), the front's
+    -2 exp(3 u - 2)."""
+    law = LogLinearLaw(np.zeros(2), np.array([[-1.0, 0.0], [0.0, -2.0]]))
+    front = pareto_front(law, pure(2), FIRST, SECOND, points=3)
+    assert front.u[1, 0] == pytest.approx((2 + np.log((1 + np.exp(-1)) / 2)) / 3, abs=1e-4)
 
 
 def test_floors_and_bounds_of_losses_hold_along_the_front():
@@ -139,11 +159,36 @@ def test_hollow_fronts_are_found_by_bounds():
     assert np.sqrt(2 - front.losses).sum(axis=1) == pytest.approx(np.ones(9), abs=1e-4)
 
 
-def test_laws_of_steps_have_a_front_of_sampled_points():
-    front = pareto_front(Hollow(steps=True), pure(2), FIRST, SECOND, points=4)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_front_with_a_jump(swapped):
+    """L_1 = 1 + 0.6 sin(pi s) + 0.4 s, L_2 = 2 - s, s = u_2: what lies between s = 0.18 and 1 is dominated by
+    s = 1, and what is left before it is hollow."""
+    sides = (SECOND, FIRST) if swapped else (FIRST, SECOND)
+    front = pareto_front(Jump(), pure(2), *sides, points=6)
     require_front(front)
-    assert len(front.u) == 4
-    assert np.sqrt(2 - front.losses).sum(axis=1) == pytest.approx(np.ones(4), abs=1e-3)
+    assert len(front.u) == 6
+    s = np.sort(front.u[:, 1])
+    assert s[-1] == pytest.approx(1.0, abs=1e-3)
+    assert s[0] == pytest.approx(0.0, abs=1e-3)
+    assert s[-2] < 0.19
+
+
+class Stairs:
+    """L_i = 2 - u_i^2 in steps of 0.1."""
+
+    def predict(self, candidates, *, averaging=True):
+        return np.round(2 - candidates**2, 1)
+
+    def gradient(self, u, *, averaging=True):
+        raise NotImplementedError
+
+
+def test_laws_of_steps_have_a_front_of_sampled_points():
+    """Means of the best points are proposals here, and some of them are dominated by others: these go."""
+    front = pareto_front(Stairs(), pure(3), *np.eye(3)[:2], points=12)
+    require_front(front)
+    assert len(front.u) >= 4
+    assert np.sqrt(2 - front.losses).sum(axis=1) == pytest.approx(np.ones(len(front.u)), abs=0.2)
 
 
 def test_losses_that_agree_have_one_best_mixture():
@@ -163,6 +208,8 @@ def test_wrong_questions():
     for weights in ([0.0, 0.0], [-1.0, 2.0], [np.nan, 1.0]):
         with pytest.raises(ValueError, match="not negative and not all 0"):
             pareto_front(RIVALS, pure(3), np.array(weights), SECOND)
+    with pytest.raises(ValueError, match="the law has 2 losses, and weights are given of 3"):
+        pareto_front(RIVALS, pure(3), np.ones(3), np.ones(3))
     with pytest.raises(ValueError, match="at least 2 points, not 1"):
         pareto_front(RIVALS, pure(3), FIRST, SECOND, points=1)
 

@@ -38,6 +38,16 @@ def test_intervals_are_quantiles_and_changes_are_paired():
         forecast.levels(90)
 
 
+def test_what_averaging_probes_gives_is_left_out():
+    plain = LogLinearLaw(np.zeros(1), np.array([[0.5, 1.0]]))
+    law = LogLinearLaw(plain.log_c, plain.t, averaging=np.array([-0.3]))
+    U = np.array([[0.5, 0.5], [1.0, 0.0]])
+    assert law.predict(U)[0] < plain.predict(U)[0]
+    forecast = Forecast.of(law, [law, law], U)
+    assert np.array_equal(forecast.losses, plain.predict(U))
+    assert np.array_equal(forecast.resampled[1], plain.predict(U))
+
+
 def test_the_others_keep_their_proportions():
     assert with_shares(np.array([0.5, 0.3, 0.2]), {0: 0.75}) == pytest.approx([0.75, 0.15, 0.1])
     assert with_shares(np.array([0.5, 0.3, 0.2]), {1: 0.2, 2: 0.0}) == pytest.approx([0.8, 0.2, 0.0])
