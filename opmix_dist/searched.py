@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from opmix_dist.errors import UserError
+from opmix_dist.exchange.files import read_json
 from opmix_dist.exchange.rundir import RunDir
-from opmix_dist.exchange.schemas import Proposal as ProposalRecord
 from opmix_dist.exchange.schemas import SearchRequest, SearchStage
 from opmix_dist.fit.analysis import analyse
 from opmix_dist.fit.config import load_fit_config
-from opmix_dist.fit.outputs import SETTINGS
+from opmix_dist.fit.outputs import PROPOSAL, SETTINGS
 from opmix_dist.pool.requests import staying
 from opmix_dist.pool.solving import search_problem
 from opmix_dist.report.reading import Candidates, SearchView, read_search
@@ -66,12 +67,21 @@ def _of_run(run: RunDir, name: str | None, confidence: float | None, resampled: 
         raise UserError(
             f"search {view.name} of {run.path} cannot be read: {'; '.join(view.problems) or missing}"
         )
+    if set(proposed.coefficients) != {*request.components} or set(proposed.weights) != {*request.domains}:
+        raise UserError(
+            f"proposal.json and request.json of search {view.name} of {run.path} are of two searches"
+        )
     settings = run.any_config().search
     reference = np.array([proposed.snapshot[domain] for domain in request.domains])
     problem = search_problem(request, settings.proposal, reference)
     observations = _observations(view.candidates, request, problem)
     fit = _fitted(observations, settings.law, derive_seed(request.seed, "law"))
     u = np.array([proposed.coefficients[component] for component in request.components])
+    if settings.method == "gradient":
+        notes: tuple[str, ...] = (NO_LAWS,)
+    else:
+        recorded = {domain: proposed.predicted[domain] for domain in request.domains}
+        notes = _differences(fit.law.predict(u[None])[0], recorded)
     return Searched(
         title=f"search {view.name} of {run.path.resolve().name}",
         fit=fit,
@@ -86,7 +96,7 @@ def _of_run(run: RunDir, name: str | None, confidence: float | None, resampled: 
         current=staying(request, like=u),
         proposal=u,
         confidence=confidence or settings.proposal.confidence,
-        notes=(NO_LAWS,) if settings.method == "gradient" else _differences(fit.law, u, proposed, request),
+        notes=notes,
     )
 
 
@@ -154,18 +164,15 @@ def _resampled(fit: LawFit, problem: Problem, u: np.ndarray, *, count: int, seed
         raise UserError(f"the laws cannot be resampled: {error}") from None
 
 
-def _differences(
-    law: Law, u: np.ndarray, proposed: ProposalRecord, request: SearchRequest
-) -> tuple[str, ...]:
-    """A note where the law says other losses of the proposal than it did when the search ended."""
-    recorded = np.array([proposed.predicted[domain] for domain in request.domains])
-    apart = np.abs(law.predict(u[None])[0] - recorded)
-    worst = int(apart.argmax())
+def _differences(losses: np.ndarray, recorded: Mapping[str, float]) -> tuple[str, ...]:
+    """A note where losses [D] of the proposal are others than proposal.json has, in its order."""
+    apart = dict(zip(recorded, np.abs(losses - np.array(list(recorded.values()))), strict=True))
+    worst = max(apart, key=lambda name: float(apart[name]))
     if apart[worst] <= SAME:
         return ()
     return (
-        f"fitted again, the law's loss of {request.domains[worst]} at the proposal is {apart[worst]:.4f} "
-        "nats from what proposal.json has: settings, files or this program have changed since",
+        f"fitted again, the law's loss of {worst} at the proposal is {apart[worst]:.4f} nats from what "
+        "proposal.json has: settings, files or this program have changed since",
     )
 
 
@@ -179,6 +186,7 @@ def _of_fit(folder: Path, confidence: float | None, resampled: int | None) -> Se
         raise UserError(f"{folder} holds laws without a proposal: fit again without proposer.fit_only")
     if outcome.bootstrap is None:
         raise UserError(f"{folder} holds the worst mixture: fit again without proposer.make_worst_mix")
+    recorded = read_json(folder / PROPOSAL)["predicted"]
     return Searched(
         title=f"the fit in {folder.resolve().name}",
         fit=analysis.fit,
@@ -187,5 +195,5 @@ def _of_fit(folder: Path, confidence: float | None, resampled: int | None) -> Se
         current=analysis.inputs.current,
         proposal=outcome.proposal.u,
         confidence=confidence or bars.confidence,
-        notes=tuple(analysis.inputs.notes),
+        notes=(*analysis.inputs.notes, *_differences(outcome.proposal.predicted, recorded)),
     )

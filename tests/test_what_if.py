@@ -273,6 +273,10 @@ def test_unfinished_and_foreign_folders(run: RunDir, capsys: pytest.CaptureFixtu
     assert "neither a run directory nor an output folder" in refused(capsys, tmp_path)
     assert "--search names a search" in refused(capsys, tmp_path, "--search", "0001")
     search = run.search("0001")
+    record = search.proposal()
+    write_record(search.proposal_file, record.model_copy(update={"coefficients": {"old": 0.5, "math": 0.5}}))
+    assert "are of two searches" in refused(capsys, run.path)
+    write_record(search.proposal_file, record)
     search.candidates_file.write_bytes(b"nonsense")
     assert "candidates.parquet is not a table" in refused(capsys, run.path)
     search.candidates_file.unlink()
@@ -311,7 +315,12 @@ def test_a_folder_of_opmix_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "knows no current mixture" in refused(capsys, out, "--set", "web=0.5", "--from", "current")
     with pytest.raises(UserError, match="--search names a search"):
         read_searched(out, "0001")
-    assert len(read_searched(out, resampled=5).resampled) == 5
+    searched = read_searched(out, resampled=5)
+    assert len(searched.resampled) == 5
+    assert searched.notes == ()
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    (tmp_path / "metrics.csv").write_text("\n".join(lines[:-4]) + "\n")
+    assert any("fitted again" in note for note in read_searched(out, resampled=5).notes)
     for setting in ("--proposer.make_worst_mix", "--proposer.fit_only"):
         assert main(["fit", *tables, "--output-dir", str(out), setting, "true"]) == 0
         capsys.readouterr()
