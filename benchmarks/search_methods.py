@@ -48,6 +48,7 @@ from tests.search.truths import (
 ROOT = Path(__file__).parent.parent
 GRADIENT_COST = 3
 """Forward passes that an evaluation with gradients counts for: one forward, and twice that backward."""
+REAL_SEEDS = 3
 MIXED_MOST = "gain of its mixture over `old`'s, both mixed most, 1e-3 nats"
 NOISE = (0.0, 0.002, 0.01)
 
@@ -232,7 +233,7 @@ def _most_of_old(u: np.ndarray) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few seeds, synthetic losses only")
-    parser.add_argument("--seeds", type=int, default=8, help="of the synthetic truths; 3 of the real one")
+    parser.add_argument("--seeds", type=int, default=5, help="of the synthetic truths")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "search_methods")
     arguments = parser.parse_args()
@@ -243,13 +244,14 @@ def main() -> None:
         "",
         "`python -m benchmarks.search_methods`: " + describe("torch", "cvxpy"),
     ]
-    lines += ["", "Mean ± standard deviation over seeds.", ""]
-    for title, cases in synthetic(2 if arguments.quick else arguments.seeds):
+    seeds = 2 if arguments.quick else arguments.seeds
+    lines += ["", f"Mean ± standard deviation over {seeds} seeds, {REAL_SEEDS} of the real probes.", ""]
+    for title, cases in synthetic(seeds):
         lines += [f"## {title}", "", table(head, rows(cases)), ""]
         print(*lines[-4:], sep="\n", flush=True)
     if not arguments.quick:
         losses = SimulatedLosses(arguments.folder)
-        case, found = real(losses, 3)
+        case, found = real(losses, REAL_SEEDS)
         staying = total(losses, case.problem, np.eye(len(case.problem.composition))[0]) - case.least
         lines += ["## Simulated losses of real probes", ""]
         lines += [

@@ -15,6 +15,7 @@ from opmix_dist.data.build import held_out_samples, open_data
 from opmix_dist.data.catalogue import Catalogue
 from opmix_dist.data.loader import MixtureLoader
 from opmix_dist.models.build import build_model, load_snapshot
+from opmix_dist.models.flops import num_parameters
 from opmix_dist.models.lora import JointAdapters
 from opmix_dist.models.loss import sample_losses
 from opmix_dist.pool.candidates import evaluate_candidates, simulate_with_gradients
@@ -98,6 +99,14 @@ class SimulatedLosses:
 
     def _held_out(self) -> tuple:
         return self.heldout.batch, self.heldout.domain_ids, len(self.domains)
+
+    def describe(self) -> str:
+        """The sizes that matter, in words."""
+        return (
+            f"{num_parameters(self.adapters.model):,} parameters, probes among them, {STEPS} steps of {BATCH} x"
+            f" {SEQUENCE_LENGTH} tokens, probes of {PROBES.steps} steps of {PROBES.batch_size}, {HELD_OUT} "
+            "held-out samples per domain"
+        )
 
     @property
     def evaluated(self) -> tuple[np.ndarray, np.ndarray]:
