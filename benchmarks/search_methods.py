@@ -255,6 +255,7 @@ def main() -> None:
         staying = total(losses, case.problem, np.eye(len(case.problem.composition))[0]) - case.least
         lines += ["## Simulated losses of real probes", ""]
         lines += [
+            f"One snapshot and one set of probes: {losses.describe()}. "
             f"`old` itself has a regret of {1e3 * staying:.1f}e-3 nats.",
             "",
             table([*head, MIXED_MOST], found),

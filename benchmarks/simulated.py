@@ -103,9 +103,9 @@ class SimulatedLosses:
     def describe(self) -> str:
         """The sizes that matter, in words."""
         return (
-            f"{num_parameters(self.adapters.model):,} parameters, probes among them, {STEPS} steps of {BATCH} x"
-            f" {SEQUENCE_LENGTH} tokens, probes of {PROBES.steps} steps of {PROBES.batch_size}, {HELD_OUT} "
-            "held-out samples per domain"
+            f"{num_parameters(self.adapters.model):,} parameters, probes among them, {STEPS} steps of "
+            f"{BATCH} x {SEQUENCE_LENGTH} tokens, probes of {PROBES.steps} steps of {PROBES.batch_size}, "
+            f"{HELD_OUT} held-out samples per domain"
         )
 
     @property
