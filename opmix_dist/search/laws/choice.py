@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from opmix_dist.search.laws import robust
 from opmix_dist.search.laws.base import Family, LawFit, Observations
 from opmix_dist.search.laws.quality import fit_with_quality
 
@@ -49,7 +50,7 @@ def _best(fits: dict[str, LawFit]) -> str:
     """By the one-standard-error rule."""
     losses = fits[PREFERRED].measured
     variance = losses.var(axis=0)
-    telling = variance > 0  # a loss that is constant tells no family from another
+    telling = ~robust.is_constant(losses.T)  # else the rounding of one loss would outweigh all others
     if len(fits) == 1 or not telling.any():
         return PREFERRED
     errors = {

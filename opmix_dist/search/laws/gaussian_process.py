@@ -57,7 +57,7 @@ class Coordinates:
 class Kernel:
     """amplitude exp(-|z - z'|^2 / (2 length^2)), and the noise of losses, all of standardised losses [D].
 
-    noise: variance where no standard errors are known; logarithmic: whether z is that of log(u + OFFSET).
+    noise: variance of a typical candidate; logarithmic: whether z is that of log(u + OFFSET).
     """
 
     amplitude: np.ndarray
@@ -107,7 +107,8 @@ class GaussianProcessLaw:
 class GaussianProcess:
     """A process for each loss with a squared-exponential kernel, its numbers by maximum likelihood.
 
-    Where standard errors are known they are the noise; otherwise it is estimated, the same for all points.
+    The noise is estimated, too. Standard errors only say how that of candidates compares: their own size is
+    that of the held-out sample, which all candidates share and which bends no law.
     """
 
     name = "gaussian_process"
@@ -143,33 +144,25 @@ def _likeliest(
     if not coordinates.basis.rank or deviation <= 1e-9 * loss.mean():
         return 0.0, 1.0, 1.0, False
     standardised = (loss - loss.mean()) / deviation
-    noise = None if observations.stderr is None else (observations.stderr[:, i] / deviation) ** 2
     inputs = [coordinates.project(observations.candidates, logarithmic) for logarithmic in (False, True)]
-    plain, logarithmic = (_maximise(z, standardised, noise) for z in inputs)
+    plain, logarithmic = (_maximise(z, standardised) for z in inputs)
     return (*logarithmic[1:], True) if logarithmic[0] > plain[0] else (*plain[1:], False)
 
 
-def _maximise(
-    z: np.ndarray, target: np.ndarray, noise: np.ndarray | None
-) -> tuple[float, float, float, float]:
-    """The largest log likelihood of target [M] at z [M, r], and the amplitude, length and noise it has there.
-
-    noise: known variances [M]; the noise found is then 0.
-    """
+def _maximise(z: np.ndarray, target: np.ndarray) -> tuple[float, float, float, float]:
+    """The largest log likelihood of target [M] at z [M, r]; the amplitude, length and noise it has there."""
     # only for those who ask for a process: scikit-learn takes seconds to import
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 
     kernel = ConstantKernel(1.0, (1e-2, 1e4)) * RBF(np.sqrt(z.shape[1]), (0.1, 1e3))
-    if noise is None:
-        kernel = kernel + WhiteKernel(1e-2, (1e-9, 1e1))
-    process = GaussianProcessRegressor(kernel, alpha=JITTER if noise is None else noise + JITTER)
+    process = GaussianProcessRegressor(kernel + WhiteKernel(1e-2, (1e-9, 1e1)), alpha=JITTER)
     with warnings.catch_warnings():  # a number at its bound (a linear loss has no length) is an answer
         warnings.simplefilter("ignore", ConvergenceWarning)
         process.fit(z, target)
-    amplitude, length, *rest = (float(number) for number in np.exp(process.kernel_.theta))
-    return float(process.log_marginal_likelihood_value_), amplitude, length, rest[0] if rest else 0.0
+    amplitude, length, noise = (float(number) for number in np.exp(process.kernel_.theta))
+    return float(process.log_marginal_likelihood_value_), amplitude, length, noise
 
 
 def _condition(
@@ -184,12 +177,10 @@ def _condition(
     mean, deviation = losses[used].mean(axis=0), losses[used].std(axis=0)
     coefficients = np.zeros_like(losses)
     for i in np.flatnonzero((kernel.amplitude > 0) & (deviation > 0)):
-        noise = np.full(int(used.sum()), kernel.noise[i])
-        if observations.stderr is not None:
-            noise = (observations.stderr[used, i] / deviation[i]) ** 2
+        noise = kernel.noise[i] / (weights * observations.weights[:, i])[used]
         z = coordinates.project(observations.candidates[used], kernel.logarithmic[i])
         covariance = kernel.correlations(i, z, z)
-        covariance[np.diag_indices_from(covariance)] += noise / weights[used] + JITTER * kernel.amplitude[i]
+        covariance[np.diag_indices_from(covariance)] += noise + JITTER * kernel.amplitude[i]
         standardised = (losses[used, i] - mean[i]) / deviation[i]
         coefficients[used, i] = deviation[i] * cho_solve(cho_factor(covariance), standardised)
     return GaussianProcessLaw(coordinates, observations.candidates, kernel, coefficients, mean)

@@ -47,3 +47,13 @@ def test_large_swarms_compare_all_families():
     fit = choose(candidates, losses)
     assert set(fit.comparison) == {"log_linear", "power", "quadratic", "trees", "gaussian_process"}
     assert fit.family in ("trees", "gaussian_process")
+
+
+def test_a_loss_that_is_constant_but_for_rounding_has_no_say():
+    rng = np.random.default_rng(6)
+    candidates = rng.dirichlet(np.ones(3), 30)
+    losses = 2 + np.exp(-candidates @ np.array([[1, 0.3, 0], [0.3, 1, 0]]).T)
+    losses += 0.002 * rng.standard_normal((30, 2))
+    constant = 2.5 * (1 + 2e-16 * rng.integers(-2, 3, (30, 1)))
+    assert choose(candidates, losses).family == "log_linear"
+    assert choose(candidates, np.hstack([losses, constant])).family == "log_linear"

@@ -229,19 +229,20 @@ def test_process_is_that_of_scikit_learn():
         np.testing.assert_allclose(law.predict(elsewhere)[:, i], expected, atol=1e-5)
 
 
-def test_known_errors_are_the_noise_of_a_process():
+def test_a_process_follows_losses_of_smaller_errors_more_whatever_the_size_of_all():
     observations = smooth_observations(30, noise=0.05)
-    noisy, exact = (
-        fit_law(
-            Observations(observations.candidates, observations.losses, stderr=np.full((30, 2), stderr)),
-            family="gaussian_process",
-            seed=0,
-        )
-        for stderr in (0.05, 1e-6)
-    )
-    residuals = [np.abs(fit.predicted - fit.measured).mean() for fit in (noisy, exact)]
-    assert residuals[0] > 0.02
-    assert residuals[1] < 1e-4
+    stderr = np.where(np.arange(30) < 20, 1.0, 3.0)[:, None] * np.ones((1, 2))
+
+    def fitted(stderr):
+        data = Observations(observations.candidates, observations.losses, stderr=stderr)
+        return fit_law(data, family="gaussian_process", seed=0).predicted
+
+    # samples that all candidates share give all of them the same error, which does not bend the law
+    plain, large, unequal = fitted(None), fitted(np.ones((30, 2))), fitted(1e-3 * stderr)
+    np.testing.assert_array_equal(plain, large)
+    residual, before = np.abs(unequal - observations.losses), np.abs(plain - observations.losses)
+    assert residual[:20].mean() < 0.9 * before[:20].mean()
+    assert residual[20:].mean() > 1.1 * before[20:].mean()
 
 
 def test_a_process_of_logarithms_follows_losses_that_fall_with_the_first_thousandths():
