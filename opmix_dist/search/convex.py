@@ -16,6 +16,11 @@ Proximity = tuple[np.ndarray, float]
 """(centre [K] above 0, weight): adds weight KL(u || centre), the Bregman proximity of mirror descent."""
 
 
+# Where rounding keeps the solver from its usual 1e-8, as the worst of several losses that tie may: still less
+# than bounds are held to (problem.TOLERANCE).
+COARSE = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), 1e-7)
+
+
 class ConvexProgram:
     """A problem and a family of convex laws; ``solve`` gives the u [K] of a law.
 
@@ -88,6 +93,8 @@ class _Compiled:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # of inaccuracy: the status below says so
                 self.problem.solve(solver=cp.CLARABEL)
+                if self.problem.status == cp.OPTIMAL_INACCURATE:  # flat, or with several optima
+                    self.problem.solve(solver=cp.CLARABEL, **COARSE)
         except cp.SolverError as error:
             raise SolverError(f"Clarabel failed on the proposal: {error}") from error
         if self.problem.status != cp.OPTIMAL or self.weights.value is None:

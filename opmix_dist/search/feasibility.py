@@ -53,8 +53,7 @@ def require_feasible_shares(problem: Problem) -> None:
         return
     closest = np.zeros(len(problem.usable))
     closest[problem.usable] = found.x[:count] / found.x[:count].sum()
-    no_losses = np.empty((1, 0))
-    failures = problem.in_words(problem.excesses(no_losses, closest[None])[0], SHARE_TOLERANCE)
+    failures = problem.in_words(problem.share_excesses(closest[None])[0], SHARE_TOLERANCE)
     reason = _contradiction(problem) or "no mixture of the components satisfies the caps and floors"
     raise InfeasibleError(f"{reason}: {least_amounts(failures)}", closest, failures)
 

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.special import rel_entr
 
 from opmix_dist.search.ask_tell import MixtureSearch, SearchResult, best_measured
-from opmix_dist.search.feasibility import InfeasibleError, least_amounts
+from opmix_dist.search.feasibility import InfeasibleError, least_amounts, require_feasible_shares
 from opmix_dist.search.laws import Observations
 from opmix_dist.search.problem import Problem
 from opmix_dist.search.proposal import Proposal, propose
@@ -65,9 +65,10 @@ class GradientSearch(MixtureSearch):
     a curvature of each that is learnt from the gradients at other mixtures (damped BFGS), and damping that
     rises where a step does not bring what it promised and falls where it does (Levenberg-Marquardt). It ends
     when no step promises more than ``tolerance`` nats. The proposal is the best evaluated mixture that keeps
-    the bounds to within that.
+    the bounds to within that. From mixtures that pass bounds it moves to where they are passed least.
 
-    start: u [K], where it begins, for example the current mixture.
+    start: u [K], where it begins, for example the current mixture. InfeasibleError where no mixture of the
+    components satisfies the caps and floors.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class GradientSearch(MixtureSearch):
             raise ValueError(
                 f"need max_evaluations >= 1 and tolerance > 0, got {max_evaluations} and {tolerance}"
             )
+        require_feasible_shares(problem)
         self._max_evaluations, self._tolerance = max_evaluations, tolerance
         self._damping = DAMPING
         self._centre: Observations | None = None  # one row: where the next step begins
@@ -99,18 +101,23 @@ class GradientSearch(MixtureSearch):
         if self.rounds == self._max_evaluations:
             self._why_ended = f"all {self.rounds} evaluations are used"
             return None
-        try:
-            step = propose(self._model(), self.problem)
-        except InfeasibleError:
-            if self._best() is None:
-                raise
-            self._why_ended = f"no step keeps the bounds after {self.rounds} evaluations"
-            return None
-        self._promised = self._merit(self._centre) - step.objective
+        u, merit = self._step()
+        self._promised = self._merit(self._centre) - merit
         if self._promised <= self._tolerance:
             self._why_ended = f"no step promises more than {self._tolerance:g} nats"
             return None
-        return step.u[None]
+        return u[None]
+
+    def _step(self) -> tuple[np.ndarray, float]:
+        """u [K] of the least objective that the model has within the bounds, or where it sees no way to keep
+        those of the losses, of the least excess over them; and the model's merit there."""
+        model = self._model()
+        try:
+            step = propose(model, self.problem)
+        except InfeasibleError as error:
+            u = error.closest
+            return u, self._merit_of(model.predict(u[None]), u[None])
+        return step.u, step.objective
 
     def _model(self) -> LocalModel:
         """Around the centre, with damping in proportion to each loss's slope, so that no unit matters."""
@@ -136,8 +143,11 @@ class GradientSearch(MixtureSearch):
             self._damping *= LOWERED
 
     def _merit(self, told: Observations) -> float:
-        """The objective, and a price for each bound that is passed: an exact penalty."""
-        losses, u = told.losses, told.candidates
+        return self._merit_of(told.losses, told.candidates)
+
+    def _merit_of(self, losses: np.ndarray, u: np.ndarray) -> float:
+        """The objective, and a price for each bound that is passed, of losses [1, D] at u [1, K]: an exact
+        penalty."""
         excess = self.problem.excesses(losses, u).sum()
         return float(self.problem.totals(losses, u)[0] + PENALTY * excess)
 

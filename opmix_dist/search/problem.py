@@ -210,13 +210,13 @@ class Problem:
 
     def excesses(self, losses: np.ndarray, candidates: np.ndarray) -> np.ndarray:
         """How far caps, floors and loss bounds are passed [N, X + X + D], of losses [N, D] at U [N, K]."""
+        over = np.maximum(losses - self.ceiling(losses.shape[-1]), 0)
+        return np.concatenate([self.share_excesses(candidates), over], axis=-1)
+
+    def share_excesses(self, candidates: np.ndarray) -> np.ndarray:
+        """How far caps and floors are passed at U [N, K]: [N, X + X]."""
         mixtures = candidates @ self.expanded
-        over = (
-            mixtures - self.highest,
-            self.lowest - mixtures,
-            losses - self.ceiling(losses.shape[-1]),
-        )
-        return np.maximum(np.concatenate(over, axis=-1), 0)
+        return np.maximum(np.concatenate([mixtures - self.highest, self.lowest - mixtures], axis=-1), 0)
 
     def violations(self, losses: np.ndarray, u: np.ndarray, tolerance: float = TOLERANCE) -> list[str]:
         """Each bound that is passed by more than the tolerance, in words with the amount; empty: feasible."""

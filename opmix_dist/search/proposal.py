@@ -51,9 +51,9 @@ def propose(
 ) -> Proposal:
     """The u of the least total that a law predicts, averaging term left out, within the problem's bounds.
 
-    Convex laws: a program with exponential cones, solved by Clarabel to 1e-8 of the total, which near a flat
-    optimum leaves some 1e-4 on the shares. Smooth laws: the best of several descents by SLSQP. Laws of steps:
-    the mean of the best of many points.
+    Convex laws: a program with exponential cones, solved by Clarabel to 1e-8 of the total (1e-7 where
+    rounding allows no more), which near a flat optimum leaves some 1e-4 on the shares. Smooth laws: the best
+    of several descents by SLSQP. Laws of steps: the mean of the best of many points.
 
     Args:
         seed: of the points that descents begin from.

@@ -337,6 +337,13 @@ def test_infeasible_caps_and_floors_are_named_with_their_amounts():
     told = message(law, floors=np.array([0.0, 0.3, 0.0]), caps=np.array([1.0, 0.2, 1.0]))
     assert told.startswith("the floor of code (0.3) is above its cap (0.2): ")
     assert "by 0.1" in told
+    assert told == message(
+        law,
+        floors=np.array([0.0, 0.3, 0.0]),
+        caps=np.array([1.0, 0.2, 1.0]),
+        reference=np.ones(3),
+        max_increase=np.ones(3),
+    )
     # Enough room in all, but every component contains 17% of code.
     composition = np.array([[0.8, 0.17, 0.03], [0.5, 0.2, 0.3], [0.1, 0.4, 0.5]])
     told = message(law, composition=composition, caps=np.array([1.0, 0.05, 1.0]))
