@@ -56,21 +56,38 @@ Method = Callable[[Problem, int], MixtureSearch]
 
 
 def by_law(
-    design: Callable[..., np.ndarray], count: int, *, rounds: int = 0, each: int = 1, gradients: bool = False
+    design: Callable[..., np.ndarray],
+    count: int,
+    *,
+    rounds: int = 0,
+    each: int = 1,
+    gradients: bool = False,
+    averaging: bool = False,
 ) -> Method:
     def build(problem: Problem, seed: int) -> MixtureSearch:
         candidates = design(len(problem.composition), count, seed=seed)
         return LawSearch(
-            problem, candidates, seed=seed, gradients=gradients, refine_rounds=rounds, refine_count=each
+            problem,
+            candidates,
+            seed=seed,
+            gradients=gradients,
+            averaging=averaging,
+            refine_rounds=rounds,
+            refine_count=each,
         )
 
     return build
 
 
 def with_old(num_components: int, count: int, *, seed: int) -> np.ndarray:
-    """`old` alone and Dirichlet draws: what a run evaluates by default."""
+    """`old` alone and Dirichlet draws."""
     drawn = sample_candidates(num_components, count - 1, seed=seed)
     return np.vstack([np.eye(num_components)[0], drawn])
+
+
+def with_old_even(num_components: int, count: int, *, seed: int) -> np.ndarray:
+    """`old` alone and Sobol points: what a run evaluates first by default."""
+    return np.vstack([np.eye(num_components)[0], sobol_candidates(num_components, count - 1, seed=seed)])
 
 
 def with_all_alike(num_components: int, count: int, *, seed: int) -> np.ndarray:
@@ -91,7 +108,7 @@ def by_gradients(most: int) -> Method:
 METHODS: dict[str, Method] = {
     "12 Dirichlet + law (the paper)": by_law(sample_candidates, 12),
     "20 Dirichlet + law (the paper)": by_law(sample_candidates, 20),
-    "`old`, 19 Dirichlet + law (the default)": by_law(with_old, 20),
+    "`old`, 19 Dirichlet + law": by_law(with_old, 20),
     "all probes alike, 19 Dirichlet + law": by_law(with_all_alike, 20),
     "12 Sobol + law": by_law(sobol_candidates, 12),
     "20 Sobol + law": by_law(sobol_candidates, 20),
@@ -99,9 +116,14 @@ METHODS: dict[str, Method] = {
     "12 Sobol + law, 2 rounds of 4": by_law(sobol_candidates, 12, rounds=2, each=4),
     "`old`, 11 Dirichlet + law, 2 rounds of 4": by_law(with_old, 12, rounds=2, each=4),
     "all probes alike, 11 Dirichlet + law, 2 rounds of 4": by_law(with_all_alike, 12, rounds=2, each=4),
+    "`old`, 11 Sobol + law, 2 rounds of 4 (the default)": by_law(with_old_even, 12, rounds=2, each=4),
+    "the same with an averaging term": by_law(with_old_even, 12, rounds=2, each=4, averaging=True),
     "4 Sobol with gradients + law": by_law(sobol_candidates, 4, gradients=True),
     "4 Sobol with gradients + law, 2 rounds of 1": by_law(
         sobol_candidates, 4, rounds=2, each=1, gradients=True
+    ),
+    "`old`, 3 Sobol with gradients + law, 3 rounds of 1": by_law(
+        with_old_even, 4, rounds=3, each=1, gradients=True
     ),
     "gradient search, at most 3": by_gradients(3),
     "gradient search, at most 6": by_gradients(6),

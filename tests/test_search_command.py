@@ -41,6 +41,7 @@ def written(folder: Path, data: Path, checkpoint: Path, **sections: Any) -> Path
         "search": {
             "probes": {"steps": 3, "batch_size": 1, "rank": 2},
             "candidates": {"count": 6, "samples_per_domain": 2, "joint": 2, "method": "lowrank"},
+            "refinement": {"rounds": 0},
             "proposal": {"bootstrap": 5},
         },
     }
@@ -121,7 +122,11 @@ def test_two_ranks_find_what_one_finds(
 @pytest.mark.launch
 def test_kill_9_in_the_evaluation_and_go_on(tiny_data: Path, checkpoint: Path, tmp_path: Path) -> None:
     sections = {"candidates": {"count": 24, "samples_per_domain": 8, "joint": 1, "method": "lowrank"}}
-    quick = {"probes": {"steps": 3, "batch_size": 1, "rank": 2}, "proposal": {"bootstrap": 5}}
+    quick = {
+        "probes": {"steps": 3, "batch_size": 1, "rank": 2},
+        "proposal": {"bootstrap": 5},
+        "refinement": {"rounds": 0},
+    }
     path = written(tmp_path, tiny_data, checkpoint, search={**quick, **sections})
     run = RunDir(tmp_path / "run").search("0001")
     command = [sys.executable, "-m", "opmix_dist.cli", "search", str(path)]

@@ -27,6 +27,7 @@ def quick_config(data: Path, run: Path, **search: Any) -> RunConfig:
     config["search"] |= {
         "probes": {"steps": 3, "batch_size": 1, "rank": 2, "lr_multiplier": 1.0},
         "candidates": {"count": 7, "samples_per_domain": 2, "joint": 2, "method": "lowrank"},
+        "refinement": {"rounds": 0},
         "proposal": {"bootstrap": 5},
     }
     for name, section in search.items():

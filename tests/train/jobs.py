@@ -43,6 +43,7 @@ def tiny_config(data: Path, run: Path, **sections: dict[str, Any] | Any) -> dict
             # at the default rate the probes of so small a model blow rounding up to differences of 0.005 nats
             "probes": {"steps": 24, "batch_size": 2, "rank": 4, "lr_multiplier": 0.5},
             "candidates": {"count": 12, "samples_per_domain": 4},
+            "refinement": {"rounds": 0},
             "proposal": {"no_move": False},  # what so short a search gains is within its noise
         },
         "pool": {"ranks": 1, "poll_interval_s": 0.1},
