@@ -1,7 +1,7 @@
 """The settings of a search.
 
-Defaults are those of the OP-Mix paper (arXiv 2605.15220), where it has one, but for how 20 evaluations are spent:
-benchmarks/results/search_methods.md tells why.
+Defaults are those of the OP-Mix paper (arXiv 2605.15220), where it has one, but for how 20 evaluations are
+spent: benchmarks/results/search_methods.md tells why.
 """
 
 from __future__ import annotations
