@@ -126,6 +126,9 @@ class Gain(Record):
     """Between the simulated models, on the same held-out samples."""
     stderr: Finite
     """Of the measured gain, paired by sample."""
+    optimism: Finite | None = None
+    """By how much the measured gain is too high on average, as the proposal was made on the same samples: the
+    decision takes it off. None of searches without laws, or with gradients."""
     averaging: Finite | None = None
     """What averaging alone gains, and is no part of the above: the measured gain of staying with as many
     probes as the proposal mixes over staying with `old` alone. None where only one u gives a mixture."""

@@ -48,6 +48,17 @@ class Evaluations:
         """By domain [M, D]."""
         return losses_by_domain(self.sums, self.targets, self.domain_ids, self.num_domains)
 
+    def resampled(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """Losses [count, M, D] on samples drawn with replacement, as many of each domain as it has with
+        targets; the same samples for all candidates."""
+        found = np.zeros((count, len(self.sums), self.num_domains))
+        for d in range(self.num_domains):
+            rows = np.flatnonzero((self.domain_ids == d) & (self.targets > 0))
+            if rows.size:
+                drawn = rng.multinomial(rows.size, np.full(rows.size, 1 / rows.size), size=count)
+                found[..., d] = drawn @ self.sums[:, rows].T / (drawn @ self.targets[rows])[:, None]
+        return found
+
     def changes_from(self, base: Evaluations) -> DomainLosses:
         """Losses minus those of the one candidate ``base`` [M, D], with the errors of such differences: what
         makes a sample hard for both drops out."""

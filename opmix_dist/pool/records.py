@@ -33,12 +33,17 @@ from opmix_dist.search.laws import Law, LawFit, Observations
 from opmix_dist.search.problem import Problem
 from opmix_dist.search_config import ProposalConfig
 
+# Effective probes of the proposal over those of staying from which the gain is said to hold some averaging.
+MORE_PROBES = 1.05
+
 
 @dataclass(frozen=True)
 class Outcome:
     """All that a search found. What was measured, one candidate each: base, of the snapshot; alone, of going
     on as before; stay, of the same mixture with as many probes as the proposal mixes, which all comparisons
-    are with; landed, at the proposal. measured: of all that the method asked for."""
+    are with; landed, at the proposal. measured: of all that the method asked for.
+
+    optimism: of the measured gain, as ``solving.overrated`` tells it."""
 
     request: SearchRequest
     settings: ProposalConfig
@@ -51,6 +56,7 @@ class Outcome:
     stay: Evaluations
     landed: Evaluations
     bars: Bootstrap | None
+    optimism: float | None
     horizon_tokens: int
     costs: dict[str, PhaseCost]
 
@@ -90,12 +96,14 @@ class Outcome:
                 self.base.targets,
                 self.base.domain_ids,
             ),
+            optimism=self.optimism,
             averaging=None if self.request.new_domain else float(value(alone) - value(stay)),
         )
 
     @cached_property
     def decision(self) -> Decision:
-        """The measured gain decides, which averaging probes has no part in: both sides average alike."""
+        """The measured gain decides, less its optimism. Averaging has no part in it: both sides average
+        alike, as far as the current mixture can be reached so."""
         if not self.settings.no_move:
             return Decision(move=True, reason="search.proposal.no_move is off: the proposal is taken")
         if self.request.new_domain:
@@ -105,8 +113,15 @@ class Outcome:
         broken = self.problem.violations(self.stay.losses.loss[0], self.keep)
         if broken:
             return Decision(move=True, reason=f"the mixture cannot stay: {'; '.join(broken)}")
-        found = decide(self.gain.measured, self.gain.stderr, confidence=self.settings.confidence)
-        return Decision(move=found.move, reason=found.reason)
+        expected = self.gain.measured - (self.optimism or 0.0)
+        found = decide(expected, self.gain.stderr, confidence=self.settings.confidence)
+        reason = found.reason
+        if self.optimism:
+            reason += (
+                f"; measured were {self.gain.measured:.4g}, of which {self.optimism:.2g} come of having "
+                "chosen on the same samples"
+            )
+        return Decision(move=found.move, reason=reason)
 
 
 def write_outcome(search: SearchDir, outcome: Outcome) -> None:
@@ -245,6 +260,15 @@ def proposal_record(outcome: Outcome) -> Proposal:
 
 def _warnings(outcome: Outcome) -> Iterator[str]:
     yield from outcome.result.fit.warnings if outcome.result.fit else ()
+    broken = outcome.problem.violations(outcome.landed.losses.loss[0], outcome.u)
+    if broken:
+        yield f"simulated at the proposal, a bound does not hold: {'; '.join(broken)}"
+    mixed, reached = (1 / float(u @ u) for u in (outcome.u, outcome.keep))
+    if mixed > MORE_PROBES * reached and not outcome.request.new_domain:
+        yield (
+            f"the proposal mixes {mixed:.3g} probes in effect, the current mixture can be reached with "
+            f"{reached:.3g} at most: some of the measured gain is that of averaging probes"
+        )
     if outcome.bars is not None and outcome.bars.failures:
         yield (
             f"{outcome.bars.failures} of {outcome.settings.bootstrap} resampled laws had no proposal and are "

@@ -40,7 +40,7 @@ from opmix_dist.pool.evaluations import Evaluations, Evaluator, identity_of
 from opmix_dist.pool.probe_groups import ProbeGroups
 from opmix_dist.pool.records import Outcome, write_outcome
 from opmix_dist.pool.requests import staying
-from opmix_dist.pool.solving import error_bars, search_method, search_problem
+from opmix_dist.pool.solving import error_bars, overrated, search_method, search_problem
 from opmix_dist.pool.status import StatusWriter
 from opmix_dist.search.ask_tell import MixtureSearch, SearchResult
 from opmix_dist.search.problem import Problem
@@ -231,10 +231,13 @@ class _Search:
             parts.append(found.sums)
             with self.ledger.timed("fit"):
                 self._on_leader(partial(self._tell, method, found))
-        if method is not None:
-            self.result: SearchResult = method.result()
-            self.observations = method.observations
-            self.measured = dataclasses.replace(self.base, sums=np.concatenate(parts))
+        self._on_leader(lambda: self._keep(method, parts))
+
+    def _keep(self, method: MixtureSearch | None, sums: list[np.ndarray]) -> None:
+        assert method is not None
+        self.result: SearchResult = method.result()
+        self.observations = method.observations
+        self.measured = dataclasses.replace(self.base, sums=np.concatenate(sums))
 
     def _asked(self, method: MixtureSearch | None) -> np.ndarray | None:
         """Collective. U [m, K] of the leader's method on every rank, None when it is done."""
@@ -314,6 +317,7 @@ class _Search:
         settings = self.config.search.proposal
         with self.ledger.timed("fit"):
             bars = error_bars(self.result, self.problem, self.request, settings)
+            optimism = overrated(self.result, self.problem, self.request, settings, self.measured)
         outcome = Outcome(
             request=self.request,
             settings=settings,
@@ -326,6 +330,7 @@ class _Search:
             stay=stay,
             landed=landed,
             bars=bars,
+            optimism=optimism,
             horizon_tokens=self.probes.tokens_each,
             costs=self.ledger.costs,
         )

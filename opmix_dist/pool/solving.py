@@ -8,9 +8,10 @@ from __future__ import annotations
 import numpy as np
 
 from opmix_dist.exchange.schemas import SearchRequest
+from opmix_dist.pool.evaluations import Evaluations
 from opmix_dist.pool.requests import staying
 from opmix_dist.search.ask_tell import MixtureSearch, SearchResult
-from opmix_dist.search.bootstrap import Bootstrap, bootstrap
+from opmix_dist.search.bootstrap import Bootstrap, bootstrap, optimism_on_samples
 from opmix_dist.search.gradient_search import GradientSearch
 from opmix_dist.search.law_search import LawSearch
 from opmix_dist.search.problem import Problem
@@ -100,4 +101,30 @@ def error_bars(
         seed=derive_seed(request.seed, "bootstrap"),
         keep=staying(request, like=result.proposal.u),
         proposal=result.proposal,
+    )
+
+
+def overrated(
+    result: SearchResult,
+    problem: Problem,
+    request: SearchRequest,
+    settings: ProposalConfig,
+    measured: Evaluations,
+) -> float | None:
+    """By how much the gain measured on the search's own samples is too high on average, nats; None where
+    there are no laws to tell, laws were fitted to gradients, or nothing is to be resampled.
+
+    Args:
+        measured: of the candidates of ``result.fit``.
+    """
+    if result.fit is None or result.fit.observations.gradients is not None or settings.bootstrap < 2:
+        return None
+    seed = derive_seed(request.seed, "optimism")
+    return optimism_on_samples(
+        result.fit,
+        problem,
+        measured.resampled(settings.bootstrap, np.random.default_rng([seed])),
+        keep=staying(request, like=result.proposal.u),
+        proposal=result.proposal,
+        seed=seed,
     )

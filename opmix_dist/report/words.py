@@ -49,6 +49,8 @@ def gain(found: Gain, confidence: float | None) -> dict[str, str]:
             ends = f"{_three_digits(found.interval.low)} to {_three_digits(found.interval.high)}"
             interval = f" ({percent(confidence)}: {ends})"
         lines["predicted by the laws"] = f"{_three_digits(found.predicted)}{interval}"
+    if found.optimism is not None:
+        lines["of the measured, for having chosen on the same samples"] = _three_digits(found.optimism)
     if found.averaging is not None:
         lines["left out: of averaging probes alone, on the old mixture"] = _three_digits(found.averaging)
     return lines

@@ -89,27 +89,61 @@ def bootstrap(
         raise ValueError(f"a bootstrap needs a count of at least 2, got {count}")
     rng = np.random.default_rng([seed, count])
     losses, weights = _resampled(fit, count, rng)
+    laws, u = _refitted(fit, problem, losses, weights, proposal.u, seed)
+    gains, optimism = np.empty(0), 0.0
+    if keep is not None:
+        gains = np.array([_gain(problem, law, keep, proposal.u) for law in laws])
+        optimism = _optimism(problem, fit.law, laws, u, keep)
+    return Bootstrap(tuple(laws), u, u @ problem.expanded, gains, optimism, count - len(laws))
+
+
+def optimism_on_samples(
+    fit: LawFit, problem: Problem, losses: np.ndarray, *, keep: np.ndarray, proposal: Proposal, seed: int
+) -> float:
+    """By how much a proposal's gain is overrated on the held-out samples that it was made on, at least 0.
+
+    Of all mixtures a search proposes the one that these very samples like best, so that even where none is
+    better it measures a gain above 0. Laws of resampled samples make proposals, whose gains on the samples
+    that made them are compared with those on the search's own, which stand for all samples (Efron, 1983, doi
+    10.1080/01621459.1983.10477973).
+
+    Args:
+        fit: the law of the search, without gradients: those would have to be resampled, too.
+        losses: at the candidates of ``fit``, on B sets of samples drawn with replacement [B, M, D].
+        keep: u [K] that stands for staying; proposal: of ``fit.law``.
+
+    Raises:
+        SolverError: the solver failed on more than a fifth of the laws.
+    """
+    laws, u = _refitted(fit, problem, losses, np.ones(losses.shape[:2]), proposal.u, seed)
+    return max(_optimism(problem, fit.law, laws, u, keep), 0.0)
+
+
+def _refitted(
+    fit: LawFit, problem: Problem, losses: np.ndarray, weights: np.ndarray, start: np.ndarray, seed: int
+) -> tuple[list[Law], np.ndarray]:
+    """Laws of B sets of losses [B, M, D], without those the solver fails on, and their proposals [B, K]."""
     laws = fit.fitter.fit_many(fit.observations, losses, weights, fit.law, seed=seed)
     proposer = Proposer(problem, fit.law)
     kept, found = [], []
     for law in laws:
         try:
-            found.append(proposer(law, seed=seed, start=proposal.u).u)
+            found.append(proposer(law, seed=seed, start=start).u)
         except InfeasibleError as error:
             found.append(error.closest)  # under this law the bounds rule all out: as near as it gets
         except SolverError:
             continue
         kept.append(law)
     failures = len(laws) - len(kept)
-    if failures > MOST_FAILURES * count:
-        raise SolverError(f"the solver failed on {failures} of {count} resampled laws")
-    u = np.array(found)
-    gains, optimism = np.empty(0), 0.0
-    if keep is not None:
-        gains = np.array([_gain(problem, law, keep, proposal.u) for law in kept])
-        own = [_gain(problem, law, keep, point) for law, point in zip(kept, found, strict=True)]
-        optimism = float(np.mean(own) - np.mean([_gain(problem, fit.law, keep, point) for point in found]))
-    return Bootstrap(tuple(kept), u, u @ problem.expanded, gains, optimism, failures)
+    if failures > MOST_FAILURES * len(laws):
+        raise SolverError(f"the solver failed on {failures} of {len(laws)} resampled laws")
+    return kept, np.array(found)
+
+
+def _optimism(problem: Problem, law: Law, laws: list[Law], u: np.ndarray, keep: np.ndarray) -> float:
+    """By how much the laws rate their own proposals u [B, K] above what ``law`` says of these, on average."""
+    own = [_gain(problem, one, keep, point) for one, point in zip(laws, u, strict=True)]
+    return float(np.mean(own) - np.mean([_gain(problem, law, keep, point) for point in u]))
 
 
 def _resampled(fit: LawFit, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -165,3 +165,20 @@ def test_the_identity_sees_what_losses_depend_on(tmp_path: Path) -> None:
     others.append(identity())
     assert len({first, *others}) == 6
     assert identity() == others[-1]
+
+
+def test_resampled_losses_by_hand_and_with_their_standard_error() -> None:
+    """A domain of one sample stays; the other's losses have the standard error of a ratio of sums."""
+    targets, ids = np.array([4, 2, 3, 0, 5]), np.array([0, 1, 1, 1, 1])
+    sums = np.array([[8.0, 2.0, 6.0, 0.0, 4.0], [6.0, 4.0, 6.0, 0.0, 9.0]])
+    found = Evaluations(sums, None, targets, ids, 2).resampled(4000, np.random.default_rng(0))
+    np.testing.assert_allclose(found[..., 0], [[2.0, 1.5]] * 4000)
+    losses = [12 / 10, 19 / 10]
+    residuals = sums[:, [1, 2, 4]] - np.outer(losses, [2, 3, 5])
+    stderr = np.sqrt((residuals**2).sum(axis=1)) / 10  # without N / (N - 1), which drawing from N leaves out
+    np.testing.assert_allclose(found[..., 1].std(axis=0), stderr, rtol=0.2)
+    np.testing.assert_allclose(found[..., 1].mean(axis=0), losses, atol=0.05)
+    # the same samples for both: only sample 1 three times gives 2 / 2, and 4 / 2 with it
+    thrice = np.isclose(found[:, 0, 1], 1.0)
+    assert thrice.mean() == pytest.approx(1 / 27, abs=0.01)
+    np.testing.assert_allclose(found[thrice, 1, 1], 2.0)

@@ -13,7 +13,14 @@ from opmix_dist.exchange.rundir import SearchDir
 from opmix_dist.exchange.schemas import SearchStage
 from opmix_dist.models.loss import paired_stderr
 from opmix_dist.pool import run_search
+from opmix_dist.pool.evaluations import Evaluations
+from opmix_dist.pool.records import Outcome, proposal_record
 from opmix_dist.pool.requests import staying
+from opmix_dist.search.ask_tell import SearchResult
+from opmix_dist.search.laws import Observations
+from opmix_dist.search.problem import Problem
+from opmix_dist.search.proposal import Proposal
+from opmix_dist.search_config import ProposalConfig
 from tests.conftest import DOMAINS
 from tests.pool.searches import CURRENT, answer, quick_config, request
 
@@ -117,7 +124,9 @@ def test_what_a_search_writes_fits_together(finished: SearchDir) -> None:
     alone = np.mean([row["loss"] for row in candidates if row["candidate"] == 0])
     assert gain.averaging == pytest.approx(alone - np.mean(list(proposal.simulated_current.values())))
     assert proposal.decision is not None
-    assert proposal.decision.move == (gain.measured > 1.2815515655446004 * gain.stderr)
+    assert gain.optimism is not None
+    assert gain.optimism >= 0
+    assert proposal.decision.move == (gain.measured - gain.optimism > 1.2815515655446004 * gain.stderr)
 
 
 def test_one_search_by_gradients_and_one_with_refinement(tiny_data: Path, tmp_path: Path) -> None:
@@ -208,3 +217,45 @@ def test_staying_with_as_many_probes_as_the_proposal(finished: SearchDir) -> Non
         assert found.min() >= 0
         np.testing.assert_allclose(found @ composition, current, atol=1e-12)
         assert found @ found == pytest.approx(max(like @ like, 0.38 / 1.38), abs=1e-9)
+
+
+def test_what_measuring_tells_against_a_proposal_is_said(finished: SearchDir) -> None:
+    """Staying at 0.5, 0.3, 0.2 mixes 1.38 / 0.38 = 3.63 probes at most; a loss rises by 0.5 where 0.1 may."""
+    request = finished.request()
+    composition, targets, ids = np.array(request.composition), np.ones(3, dtype=np.int64), np.arange(3)
+    problem = Problem(
+        composition,
+        np.array(list(CURRENT.values())),
+        reference=np.full(3, 2.0),
+        max_increase=np.full(3, 0.1),
+        domains=DOMAINS,
+        losses=DOMAINS,
+    )
+    base = Evaluations(np.full((1, 3), 2.0), None, targets, ids, 3)
+    landed = Evaluations(np.array([[2.5, 1.0, 1.0]]), None, targets, ids, 3)
+    u = np.full(4, 0.25)
+    landing = Proposal(u, u @ composition, landed.losses.loss[0], 1.5, 0.0, "measured")
+    outcome = Outcome(
+        request=request,
+        settings=ProposalConfig(),
+        problem=problem,
+        result=SearchResult(None, landing, 1, "done"),
+        observations=Observations(u[None], landed.losses.loss),
+        measured=landed,
+        base=base,
+        alone=base,
+        stay=base,
+        landed=landed,
+        bars=None,
+        optimism=None,
+        horizon_tokens=1,
+        costs={},
+    )
+    bound, averaging = proposal_record(outcome).warnings
+    assert bound == (
+        f"simulated at the proposal, a bound does not hold: loss of {DOMAINS[0]} rises by 0.5, "
+        "max_increase allows 0.1"
+    )
+    assert averaging.startswith(
+        "the proposal mixes 4 probes in effect, the current mixture can be reached with 3.63"
+    )
