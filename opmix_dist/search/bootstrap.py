@@ -68,7 +68,8 @@ def bootstrap(
     Each set is the law's prediction plus residuals of randomly drawn candidates, the same candidate for all
     losses, with a random sign. Residuals are scaled to the size of the noise as ``_noise`` tells. Standard
     errors only say how residuals of candidates compare: their own size is that of the held-out sample, which
-    all candidates share and which moves no proposal.
+    all candidates share. How other samples would move laws and proposal alike is in no residual and not in
+    the intervals.
 
     Where gradients were fitted the candidates are weighed at random instead, each loss with its gradient:
     residuals of a loss and of its gradient cannot be drawn apart.
