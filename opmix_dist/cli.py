@@ -22,6 +22,8 @@ from opmix_dist.what_if_command import add_what_if
 TOKEN_DTYPES = ("uint16", "uint32", "int32", "int64")
 WITH_SETTINGS = ("train", "search", "fit")
 """Commands that take any setting of their configuration as ``--dotted.key value``."""
+WITH_PROCESSES = ("prepare", "train", "pool", "search")
+"""Commands whose broken pipe may be that of a worker, which must not pass for a closed output."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
     try:
         status: int | None = arguments.run(arguments, rest)
+        sys.stdout.flush()
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             # All ranks usually meet the same mistake. Rank 0 tells it at once and the launcher then ends the
@@ -41,6 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        if arguments.command in WITH_PROCESSES:
+            raise
+        # whoever read the output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return status or 0
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opmix_dist.errors import UserError
 from opmix_dist.mixture_command import add_source_option, read_mixture
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ def _fit(arguments: argparse.Namespace, rest: list[str]) -> None:
     from opmix_dist.terminal import open_console, say
 
     sources = parse_sources(arguments.source)
+    if arguments.output_dir.exists() and not arguments.output_dir.is_dir():
+        raise UserError(f"--output-dir {arguments.output_dir} is a file: name a folder")
     console = open_console()
     config = load_fit_config(arguments.config, [*_overrides(arguments), *rest])
     analysis = analyse(config, on_progress=lambda line: say(console, line))
@@ -177,4 +180,6 @@ def lines(analysis: Analysis, files: list[Path]) -> Iterator[str]:
         )
         if outcome.decision:
             yield f"{'move' if outcome.decision.move else 'stay'}: {outcome.decision.reason}"
+    else:
+        yield "no mixture is proposed: proposer.fit_only is true (--proposer.fit_only false proposes one)"
     yield f"written: {', '.join(str(file) for file in files)}"

@@ -66,7 +66,7 @@ def check_settings(kind: type[S], data: Mapping[str, Any]) -> S:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = max(error.errors(), key=lambda one: len(one["loc"]))  # of a union, the likeliest type
         key = ".".join(str(part) for part in first["loc"])
         key = next((leaf for leaf in leaves if key.startswith(f"{leaf}.")), key)  # not which type of a union
         shown = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"

@@ -148,7 +148,10 @@ def test_a_search_takes_the_configuration_of_a_training_run() -> None:
         ([], "a search starts from a trained model: set model.checkpoint"),
         (["--search.proposal.max_repetitions=2"], "max_repetitions needs tokens_to_train"),
         (["--tokens=3"], "unknown setting `tokens`: the nearest valid one is `tokens_to_train`"),
-        (["--search.proposal.max_increase={json: -1}"], "^setting `search.proposal.max_increase`"),
+        (
+            ["--search.proposal.max_increase={json: -1}"],
+            "^setting `search.proposal.max_increase`: .*equal to 0",
+        ),
         (["--search.law.family=lightgbm"], "^setting `search.law.family`: .*'trees'.*'lightgbm'"),
     ],
 )

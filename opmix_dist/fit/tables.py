@@ -101,11 +101,15 @@ def read_table(path: Path, *, run_column: str | None = None, prefix: str = "", s
         prefix, suffix: of the columns to read.
 
     Raises:
-        UserError: a file that is missing, too large or damaged, no column of runs or of numbers, a column or
-            run twice, a run without a name, or a cell that is no number.
+        UserError: a file that is missing, too large or damaged, no rows, no column of runs or of numbers, a
+            column or run twice, a run without a name, or a cell that is no number.
     """
     arrow = _read_arrow(path)
     header = arrow.column_names
+    if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
+        raise UserError(f"{path} has one column, {first_words(header[0], 60)!r}: put commas between cells")
+    if not arrow.num_rows:
+        raise UserError(f"{path} has column names but no rows: a row for each run is needed")
     run_column = _run_column(path, header, run_column)
     skipped = {*RUN_COLUMNS, run_column}
     data = [name for name in header if name and name not in skipped and not name.startswith("Unnamed")]

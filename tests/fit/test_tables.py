@@ -157,6 +157,8 @@ def test_what_is_wrong_is_named(tmp_path: Path, ratios: Any, metrics: Any, messa
         ("run,name\nr,1\n", "t.csv has no column of numbers: it has run, name"),
         ("run,web\nr,1,2\n", "t.csv cannot be read as a table: .*Expected 2 columns, got 3"),
         ("", "t.csv cannot be read as a table: Empty CSV file"),
+        ("run,web\n", "t.csv has column names but no rows"),
+        ("run;web\nr;1\n", "t.csv has one column, 'run;web': put commas between cells"),
     ],
 )
 def test_tables_of_another_form_are_refused(tmp_path: Path, content: str, message: str) -> None:
