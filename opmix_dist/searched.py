@@ -74,7 +74,8 @@ def _of_run(run: RunDir, name: str | None, confidence: float | None, resampled: 
     settings = run.any_config().search
     reference = np.array([proposed.snapshot[domain] for domain in request.domains])
     problem = search_problem(request, settings.proposal, reference)
-    observations = _observations(view.candidates, request, problem)
+    table = _table(view.candidates, request)
+    observations = _observations(view.candidates, table, request, problem)
     fit = _fitted(observations, settings.law, derive_seed(request.seed, "law"))
     u = np.array([proposed.coefficients[component] for component in request.components])
     if settings.method == "gradient":
@@ -90,6 +91,7 @@ def _of_run(run: RunDir, name: str | None, confidence: float | None, resampled: 
             fit,
             problem,
             u,
+            _sampled(view.candidates, table),
             count=resampled or settings.proposal.bootstrap or RESAMPLED,
             seed=derive_seed(request.seed, "bootstrap"),
         ),
@@ -115,20 +117,31 @@ def _chosen(run: RunDir, name: str | None) -> SearchView:
     return views[name]
 
 
-def _observations(candidates: Candidates, request: SearchRequest, problem: Problem) -> Observations:
-    """The candidates that the laws were fitted to, in their order."""
+def _table(candidates: Candidates, request: SearchRequest) -> np.ndarray:
+    """Row of the file [M, D] of each candidate that the laws were fitted to and each loss, in their order."""
     rows = [np.flatnonzero(candidates.rows(domain, "candidate")) for domain in request.domains]
     if len({len(row) for row in rows}) != 1 or not len(rows[0]):
         raise UserError(
             f"candidates.parquet of search {request.search} must have each candidate once by domain"
         )
-    table = np.stack(rows, axis=1)  # [M, D] row of the file
+    table = np.stack(rows, axis=1)
     U = candidates.U[table]
     if not np.array_equal(U, np.broadcast_to(U[:, :1], U.shape)):
         raise UserError(f"candidates.parquet of search {request.search} must list domains in the same order")
+    return table
+
+
+def _sampled(candidates: Candidates, table: np.ndarray) -> np.ndarray | None:
+    """Losses on other draws of the held-out samples [B, M, D]."""
+    return None if candidates.resampled is None else np.moveaxis(candidates.resampled[table], 2, 0)
+
+
+def _observations(
+    candidates: Candidates, table: np.ndarray, request: SearchRequest, problem: Problem
+) -> Observations:
     try:
         return Observations(
-            U[:, 0],
+            candidates.U[table[:, 0]],
             candidates.loss[table],
             candidates.stderr_change[table],
             None if candidates.gradients is None else candidates.gradients[table],
@@ -152,14 +165,16 @@ def _fitted(observations: Observations, settings: LawConfig, seed: int) -> LawFi
     )
 
 
-def _resampled(fit: LawFit, problem: Problem, u: np.ndarray, *, count: int, seed: int) -> tuple[Law, ...]:
+def _resampled(
+    fit: LawFit, problem: Problem, u: np.ndarray, sampled: np.ndarray | None, *, count: int, seed: int
+) -> tuple[Law, ...]:
     """Laws of the bootstrap of a proposal u [K]."""
     predicted = fit.law.predict(u[None], averaging=False)[0]
     proposal = Proposal(
         u, u @ problem.expanded, predicted, problem.total(predicted, u), problem.divergence(u), "recorded"
     )
     try:
-        return bootstrap(fit, problem, count=count, seed=seed, proposal=proposal).laws
+        return bootstrap(fit, problem, count=count, seed=seed, proposal=proposal, sampled=sampled).laws
     except SolverError as error:
         raise UserError(f"the laws cannot be resampled: {error}") from None
 

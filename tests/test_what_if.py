@@ -59,7 +59,7 @@ def test_the_law_is_what_the_search_fitted(run: RunDir):
     method.ask()
     method.tell(searched.fit.observations.losses, searched.fit.observations.stderr)
     result = method.result()
-    bars = error_bars(result, problem, request, settings.proposal)
+    bars = error_bars(result, problem, request, settings.proposal, None)
     assert result.fit is not None
     assert bars is not None
     U = np.random.default_rng(0).dirichlet(np.ones(4), 5)
@@ -163,14 +163,15 @@ def test_gradients_that_were_taken_count(run: RunDir, capsys: pytest.CaptureFixt
     assert any("descended along gradients" in text for text in asked(capsys, run.path)["warnings"])
 
 
-def test_a_real_search_is_fitted_again_to_the_same_digits(tiny_data: Path, tmp_path: Path):
-    """Adapters of a small model, gradients, a round of refinement."""
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_real_search_is_fitted_again_to_the_same_digits(tiny_data: Path, tmp_path: Path, gradients: bool):
+    """Adapters of a small model, a round of refinement; gradients, or draws of the held-out samples."""
     checkpoint = tmp_path / "hf"
     tiny_llama(vocab_size=512).save_pretrained(checkpoint)
     shutil.copy(tiny_data / "tokenizer" / "tokenizer.json", checkpoint)
     sections = [
         "--search.gradients",
-        "true",
+        str(gradients).lower(),
         "--search.refinement.rounds",
         "1",
         "--search.refinement.count",
@@ -179,7 +180,8 @@ def test_a_real_search_is_fitted_again_to_the_same_digits(tiny_data: Path, tmp_p
     assert main(["search", str(written(tmp_path, tiny_data, checkpoint)), *sections]) == 0
     search = RunDir(tmp_path / "run").search("0001")
     searched, recorded = read_searched(tmp_path / "run"), search.proposal()
-    assert searched.fit.observations.gradients is not None
+    draws = pq.read_table(search.candidates_file).column_names.count("resampled")
+    assert (searched.fit.observations.gradients is not None, draws == 0) == (gradients, gradients)
     assert len(searched.fit.measured) == 6 + 2
     assert searched.notes == ()
     assert searched.fit.law.predict(searched.proposal[None])[0].tolist() == list(recorded.predicted.values())

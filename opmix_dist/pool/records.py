@@ -43,6 +43,7 @@ class Outcome:
     on as before; stay, of the same mixture with as many probes as the proposal mixes, which all comparisons
     are with; landed, at the proposal. measured: of all that the method asked for.
 
+    sampled: losses of all that was asked for on other held-out samples, of ``solving.sampled_losses``.
     optimism: of the measured gain, as ``solving.overrated`` tells it."""
 
     request: SearchRequest
@@ -55,6 +56,7 @@ class Outcome:
     alone: Evaluations
     stay: Evaluations
     landed: Evaluations
+    sampled: np.ndarray | None
     bars: Bootstrap | None
     optimism: float | None
     horizon_tokens: int
@@ -139,7 +141,8 @@ def _candidate_rows(outcome: Outcome) -> Iterator[dict[str, object]]:
 
     ``stderr`` is that of the loss, ``stderr_change`` that of its change from the snapshot, which the laws
     are weighted by. ``predicted`` is the law's loss, ``left_out`` that of laws fitted to other candidates,
-    ``gradient_*`` its derivatives by the coefficients, where the search took them.
+    ``gradient_*`` its derivatives by the coefficients, where the search took them, ``resampled`` its loss on
+    held-out samples drawn with replacement, the same draws in all rows, where error bars were asked for.
     """
     fit, U = outcome.result.fit, outcome.observations.candidates
     nothing = np.full((1, len(outcome.request.domains)), np.nan)
@@ -174,6 +177,7 @@ def _candidate_rows(outcome: Outcome) -> Iterator[dict[str, object]]:
                     "predicted": _finite(predicted[m, [d]])[0],
                     "left_out": _finite(left_out[m, [d]])[0],
                     **_gradients(outcome, kind, m, d),
+                    **_sampled(outcome, kind, m, d),
                 }
 
 
@@ -186,6 +190,12 @@ def _gradients(outcome: Outcome, kind: str, m: int, d: int) -> dict[str, float]:
         f"gradient_{name}": float(slope)
         for name, slope in zip(outcome.request.components, gradients[m, d], strict=True)
     }
+
+
+def _sampled(outcome: Outcome, kind: str, m: int, d: int) -> dict[str, list[float]]:
+    if outcome.sampled is None:
+        return {}
+    return {"resampled": outcome.sampled[:, m, d].tolist() if kind == "candidate" else []}
 
 
 def fit_record(fit: LawFit, request: SearchRequest) -> Fit:

@@ -40,7 +40,7 @@ from opmix_dist.pool.evaluations import Evaluations, Evaluator, identity_of
 from opmix_dist.pool.probe_groups import ProbeGroups
 from opmix_dist.pool.records import Outcome, write_outcome
 from opmix_dist.pool.requests import staying
-from opmix_dist.pool.solving import error_bars, overrated, search_method, search_problem
+from opmix_dist.pool.solving import error_bars, overrated, sampled_losses, search_method, search_problem
 from opmix_dist.pool.status import StatusWriter
 from opmix_dist.search.ask_tell import MixtureSearch, SearchResult
 from opmix_dist.search.problem import Problem
@@ -316,8 +316,9 @@ class _Search:
         """Error bars and decision; everything a reader needs is there before the status says so."""
         settings = self.config.search.proposal
         with self.ledger.timed("fit"):
-            bars = error_bars(self.result, self.problem, self.request, settings)
-            optimism = overrated(self.result, self.problem, self.request, settings, self.measured)
+            sampled = sampled_losses(self.result, self.request, settings, self.measured)
+            bars = error_bars(self.result, self.problem, self.request, settings, sampled)
+            optimism = overrated(self.result, self.problem, self.request, sampled)
         outcome = Outcome(
             request=self.request,
             settings=settings,
@@ -329,6 +330,7 @@ class _Search:
             alone=alone,
             stay=stay,
             landed=landed,
+            sampled=sampled,
             bars=bars,
             optimism=optimism,
             horizon_tokens=self.probes.tokens_each,

@@ -88,10 +88,33 @@ def _candidates(request: SearchRequest, settings: CandidateConfig) -> np.ndarray
     return np.vstack([fixed, drawn])
 
 
+def sampled_losses(
+    result: SearchResult, request: SearchRequest, settings: ProposalConfig, measured: Evaluations
+) -> np.ndarray | None:
+    """Losses at the candidates on other held-out samples [B, M, D]; None where there are no laws, laws were
+    fitted to gradients, which would have to be drawn too, or nothing is to be resampled.
+
+    Args:
+        measured: of the candidates of ``result.fit``.
+    """
+    if result.fit is None or result.fit.observations.gradients is not None or settings.bootstrap < 2:
+        return None
+    rng = np.random.default_rng([derive_seed(request.seed, "held-out samples")])
+    return measured.resampled(settings.bootstrap, rng)
+
+
 def error_bars(
-    result: SearchResult, problem: Problem, request: SearchRequest, settings: ProposalConfig
+    result: SearchResult,
+    problem: Problem,
+    request: SearchRequest,
+    settings: ProposalConfig,
+    sampled: np.ndarray | None,
 ) -> Bootstrap | None:
-    """Resampled laws and their proposals; None where there are no laws, or none are asked for."""
+    """Resampled laws and their proposals; None where there are no laws, or none are asked for.
+
+    Args:
+        sampled: of ``sampled_losses``.
+    """
     if result.fit is None or settings.bootstrap == 0:
         return None
     return bootstrap(
@@ -101,30 +124,26 @@ def error_bars(
         seed=derive_seed(request.seed, "bootstrap"),
         keep=staying(request, like=result.proposal.u),
         proposal=result.proposal,
+        sampled=sampled,
     )
 
 
 def overrated(
-    result: SearchResult,
-    problem: Problem,
-    request: SearchRequest,
-    settings: ProposalConfig,
-    measured: Evaluations,
+    result: SearchResult, problem: Problem, request: SearchRequest, sampled: np.ndarray | None
 ) -> float | None:
     """By how much the gain measured on the search's own samples is too high on average, nats; None where
-    there are no laws to tell, laws were fitted to gradients, or nothing is to be resampled.
+    nothing tells.
 
     Args:
-        measured: of the candidates of ``result.fit``.
+        sampled: of ``sampled_losses``.
     """
-    if result.fit is None or result.fit.observations.gradients is not None or settings.bootstrap < 2:
+    if result.fit is None or sampled is None:
         return None
-    seed = derive_seed(request.seed, "optimism")
     return optimism_on_samples(
         result.fit,
         problem,
-        measured.resampled(settings.bootstrap, np.random.default_rng([seed])),
+        sampled,
         keep=staying(request, like=result.proposal.u),
         proposal=result.proposal,
-        seed=seed,
+        seed=derive_seed(request.seed, "optimism"),
     )

@@ -69,6 +69,8 @@ class Candidates:
     """[N] loss by a law that was fitted to other candidates, nan where there is none."""
     gradients: np.ndarray | None = None
     """[N, C] derivatives of the loss by the coefficients; None where the search took none."""
+    resampled: np.ndarray | None = None
+    """[N, B] loss on other draws of the held-out samples, nan but for candidates; None: there are none."""
 
     def rows(self, domain: str, kind: str) -> np.ndarray:
         """[N] mask of the rows of one domain and kind."""
@@ -217,14 +219,29 @@ def _candidates(path: Path, components: Sequence[str]) -> Candidates:
         metadata = pq.read_metadata(path)
         if metadata.num_rows > MAX_CANDIDATE_ROWS:
             raise UserError(f"{path} has more than {MAX_CANDIDATE_ROWS} rows; a search writes far fewer")
-        has_slopes = slopes[0] in metadata.schema.names
+        there = metadata.schema.to_arrow_schema().names
+        has_slopes, has_draws = slopes[0] in there, "resampled" in there
         names += slopes if has_slopes else []
-        table = pq.ParquetFile(path).read(columns=names)
+        table = pq.ParquetFile(path).read(columns=[*names, *(["resampled"] if has_draws else [])])
         columns = {name: table.column(name).to_numpy() for name in names}
         numbers = {name: columns[name].astype(np.float64) for name in names[2:]}
+        draws = _draws(table.column("resampled"), columns["kind"]) if has_draws else None
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a table of candidates: {' '.join(str(error).split())}") from None
     U = np.stack([numbers[f"u_{c}"] for c in components], axis=1)
     gradients = np.stack([numbers[name] for name in slopes], axis=1) if has_slopes else None
     losses = {name: numbers[name] for name in measured}
-    return Candidates(columns["kind"], columns["domain"], components, U, **losses, gradients=gradients)
+    return Candidates(
+        columns["kind"], columns["domain"], components, U, **losses, gradients=gradients, resampled=draws
+    )
+
+
+def _draws(column: pa.ChunkedArray, kinds: np.ndarray) -> np.ndarray:
+    """[N, B], nan but for candidates; ValueError where these have different numbers of draws, or none."""
+    rows = np.flatnonzero(kinds == "candidate")
+    found = np.array([column[int(row)].as_py() for row in rows], dtype=np.float64)
+    if found.ndim != 2 or not found.size or not np.isfinite(found).all():
+        raise ValueError("`resampled` must have as many finite losses in each row of a candidate")
+    draws = np.full((len(kinds), found.shape[1]), np.nan)
+    draws[rows] = found
+    return draws

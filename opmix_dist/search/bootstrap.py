@@ -62,14 +62,15 @@ def bootstrap(
     seed: int,
     keep: np.ndarray | None = None,
     proposal: Proposal,
+    sampled: np.ndarray | None = None,
 ) -> Bootstrap:
     """Laws and proposals of ``count`` sets of losses that might as well have been measured.
 
     Each set is the law's prediction plus residuals of randomly drawn candidates, the same candidate for all
     losses, with a random sign. Residuals are scaled to the size of the noise as ``_noise`` tells. Standard
-    errors only say how residuals of candidates compare: their own size is that of the held-out sample, which
-    all candidates share. How other samples would move laws and proposal alike is in no residual and not in
-    the intervals.
+    errors only say how residuals of candidates compare: their own size is that of the held-out samples, which
+    all candidates share. How other samples would move all candidates' losses alike is in no residual:
+    ``sampled`` tells it, and its deviations from what was measured are added.
 
     Where gradients were fitted the candidates are weighed at random instead, each loss with its gradient:
     residuals of a loss and of its gradient cannot be drawn apart.
@@ -81,6 +82,9 @@ def bootstrap(
         fit: the law of the search.
         keep: u [K] that stands for staying, for ``gains``.
         proposal: of ``fit.law``.
+        sampled: losses at the candidates on sets of held-out samples that were drawn with replacement
+            [S, M, D], taken in turn; None where each loss is a measurement of its own. Without effect where
+            gradients were fitted, which would have to be drawn with them.
 
     Raises:
         ValueError: count below 2.
@@ -89,7 +93,7 @@ def bootstrap(
     if count < 2:
         raise ValueError(f"a bootstrap needs a count of at least 2, got {count}")
     rng = np.random.default_rng([seed, count])
-    losses, weights = _resampled(fit, count, rng)
+    losses, weights = _resampled(fit, count, rng, sampled)
     laws, u = _refitted(fit, problem, losses, weights, proposal.u, seed)
     gains, optimism = np.empty(0), 0.0
     if keep is not None:
@@ -147,7 +151,9 @@ def _optimism(problem: Problem, law: Law, laws: list[Law], u: np.ndarray, keep: 
     return float(np.mean(own) - np.mean([_gain(problem, law, keep, point) for point in u]))
 
 
-def _resampled(fit: LawFit, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _resampled(
+    fit: LawFit, count: int, rng: np.random.Generator, sampled: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Losses [count, M, D] and weights of candidates [count, M]."""
     measured = fit.measured
     points, num_losses = measured.shape
@@ -160,8 +166,11 @@ def _resampled(fit: LawFit, count: int, rng: np.random.Generator) -> tuple[np.nd
     drawn *= rng.choice([-1.0, 1.0], size=(count, points, 1))
     # The size of the noise is itself known from few residuals: this makes of a normal interval Student's.
     drawn *= np.sqrt(freedom / rng.chisquare(freedom, size=(count, 1, num_losses)))
+    found = fit.predicted + drawn * size
+    if sampled is not None:
+        found += sampled[np.arange(count) % len(sampled)] - measured
     floor = LEAST_PART * np.minimum(fit.predicted, measured)
-    return np.maximum(fit.predicted + drawn * size, floor), np.ones((count, points))
+    return np.maximum(found, floor), np.ones((count, points))
 
 
 def _noise(fit: LawFit) -> tuple[np.ndarray, np.ndarray]:

@@ -246,6 +246,7 @@ def test_what_measuring_tells_against_a_proposal_is_said(finished: SearchDir) ->
         alone=base,
         stay=base,
         landed=landed,
+        sampled=None,
         bars=None,
         optimism=None,
         horizon_tokens=1,
