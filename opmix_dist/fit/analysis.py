@@ -12,7 +12,7 @@ from opmix_dist.fit.config import FitConfig
 from opmix_dist.fit.inputs import Inputs, read_inputs
 from opmix_dist.fit.tables import Swarm
 from opmix_dist.search.bootstrap import Bootstrap, bootstrap
-from opmix_dist.search.decision import Decision, Gain, best_known_gain, decide
+from opmix_dist.search.decision import Decision, Gain, decide, predicted_gain
 from opmix_dist.search.feasibility import InfeasibleError, SolverError
 from opmix_dist.search.laws import Law, LawFit, Observations, fit_law
 from opmix_dist.search.problem import Problem
@@ -119,7 +119,7 @@ def _with_errors(config: FitConfig, fit: LawFit, outcome: Outcome, current: np.n
     )
     if current is None:
         return replace(outcome, bootstrap=spread)
-    gain = best_known_gain(fit.law, problem, spread, keep=current, u=proposal.u)
+    gain = predicted_gain(fit.law, problem, spread, keep=current, u=proposal.u)
     decision = decide(gain.value, gain.stderr, confidence=settings.confidence)
     return replace(outcome, bootstrap=spread, gain=gain, decision=decision)
 

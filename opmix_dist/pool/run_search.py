@@ -43,6 +43,7 @@ from opmix_dist.pool.requests import staying
 from opmix_dist.pool.solving import error_bars, overrated, sampled_losses, search_method, search_problem
 from opmix_dist.pool.status import StatusWriter
 from opmix_dist.search.ask_tell import MixtureSearch, SearchResult
+from opmix_dist.search.feasibility import require_feasible_shares
 from opmix_dist.search.problem import Problem
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,9 @@ class _Search:
         self.status.enter(SearchStage.PROBING, total=self.config.search.probes.steps)
         self.request: SearchRequest = self.search.request()
         settings = self.config.search
+        # impossible shares are known before any probe is trained; the losses now are not
+        unknown = np.ones(len(self.request.domains))
+        require_feasible_shares(search_problem(self.request, settings.proposal, unknown))
         self.catalogue = open_data(self.config.data, self.request.domains)
         self.heldout = held_out_samples(
             self.config.data,

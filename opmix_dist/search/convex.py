@@ -12,10 +12,6 @@ from opmix_dist.search.feasibility import InfeasibleError, SolverError, least_am
 from opmix_dist.search.laws import ConvexLaw, LogLinearLaw
 from opmix_dist.search.problem import TOLERANCE, Problem
 
-Proximity = tuple[np.ndarray, float]
-"""(centre [K] above 0, weight): adds weight KL(u || centre), the Bregman proximity of mirror descent."""
-
-
 # Where rounding keeps the solver from its usual 1e-8, as the worst of several losses that tie may: still less
 # than bounds are held to (problem.TOLERANCE).
 COARSE = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), 1e-7)
@@ -28,8 +24,8 @@ class ConvexProgram:
     that; laws of which nothing is known but their expression are compiled each time.
     """
 
-    def __init__(self, problem: Problem, proximity: Proximity | None = None) -> None:
-        self.problem, self.proximity = problem, proximity
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
         self._compiled: dict[bool, _Compiled] = {}
 
     def solve(self, law: ConvexLaw) -> np.ndarray:
@@ -60,16 +56,16 @@ class ConvexProgram:
 
     def _program(self, law: ConvexLaw, *, elastic: bool) -> _Compiled:
         if not self.reuses(law):
-            return _Compiled(self.problem, law, self.proximity, elastic)
+            return _Compiled(self.problem, law, elastic)
         if elastic not in self._compiled:
-            self._compiled[elastic] = _Compiled(self.problem, law, self.proximity, elastic)
+            self._compiled[elastic] = _Compiled(self.problem, law, elastic)
         return self._compiled[elastic]
 
 
 class _Compiled:
     """elastic: minimises the sum by which losses pass their bounds, in place of the problem's total."""
 
-    def __init__(self, problem: Problem, law: ConvexLaw, proximity: Proximity | None, elastic: bool) -> None:
+    def __init__(self, problem: Problem, law: ConvexLaw, elastic: bool) -> None:
         self.usable = problem.usable
         self.weights = cp.Variable(int(self.usable.sum()), nonneg=True)
         u = np.eye(len(self.usable))[:, self.usable] @ self.weights
@@ -84,7 +80,7 @@ class _Compiled:
         excess = cp.Variable(bounded.size, nonneg=True) if elastic else np.zeros(bounded.size)
         if bounded.size:
             constraints.append(losses[bounded] <= ceiling[bounded] + excess)
-        aim = cp.sum(excess) if elastic else _total(problem, losses, u, proximity)
+        aim = cp.sum(excess) if elastic else _total(problem, losses, u)
         self.problem = cp.Problem(cp.Minimize(aim), constraints)
 
     def solve(self, law: ConvexLaw) -> np.ndarray:
@@ -106,9 +102,7 @@ class _Compiled:
         return u / u.sum()
 
 
-def _total(
-    problem: Problem, losses: cp.Expression, u: cp.Expression, proximity: Proximity | None
-) -> cp.Expression:
+def _total(problem: Problem, losses: cp.Expression, u: cp.Expression) -> cp.Expression:
     count = losses.shape[0]
     if problem.objective in ("mean", "relative"):
         total = problem.rates(count) @ losses
@@ -120,9 +114,6 @@ def _total(
         drawn = problem.prior > 0
         x = problem.expanded.T[drawn] @ u
         total += problem.kl * cp.sum(cp.rel_entr(x, problem.prior[drawn]))
-    if proximity is not None:
-        centre, weight = proximity
-        total += weight * cp.sum(cp.rel_entr(u, centre))
     return total
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from scipy.stats import norm
@@ -15,14 +14,10 @@ from opmix_dist.search.problem import Problem
 
 @dataclass(frozen=True)
 class Gain:
-    """By how much the objective falls from staying to the proposal, and the standard error of that.
-
-    source: ``measured`` at both on the same held-out samples, or ``predicted`` by the law.
-    """
+    """By how much the objective falls from staying to the proposal, and the standard error of that."""
 
     value: float
     stderr: float
-    source: Literal["measured", "predicted"]
 
 
 @dataclass(frozen=True)
@@ -59,26 +54,13 @@ def decide(gain: float, stderr: float, *, confidence: float = 0.9) -> Decision:
     return Decision(True, gain, stderr, f"{known}: above 0 at {confidence:.0%} confidence")
 
 
-def best_known_gain(
-    law: Law,
-    problem: Problem,
-    spread: Bootstrap,
-    *,
-    keep: np.ndarray,
-    u: np.ndarray,
-    measured: tuple[float, float] | None = None,
-) -> Gain:
-    """The gain of moving from u = keep [K] to u [K], from the best that a search knows.
+def predicted_gain(law: Law, problem: Problem, spread: Bootstrap, *, keep: np.ndarray, u: np.ndarray) -> Gain:
+    """The gain of moving from u = keep [K] to u [K] by the law, with its standard deviation under resampled
+    losses. Its optimism is taken off: a law overrates the mixture that it was asked to choose itself.
 
-    measured: the gain measured at both on the same held-out samples, with its paired standard error; it is
-    preferred. Otherwise the law's, less its optimism (a law overrates the mixture that it was asked to choose
-    itself), with the standard deviation under resampled losses.
-
-    Raises ValueError where nothing was measured and the bootstrap has no gains.
+    Raises ValueError where the bootstrap has no gains.
     """
-    if measured is not None:
-        return Gain(*measured, "measured")
     if not spread.gains.size:
         raise ValueError("the bootstrap has no gains: give it the mixture to keep")
     values = problem.value(law.predict(np.stack([keep, u]), averaging=False))
-    return Gain(float(values[0] - values[1]) - spread.optimism, float(spread.gains.std(ddof=1)), "predicted")
+    return Gain(float(values[0] - values[1]) - spread.optimism, float(spread.gains.std(ddof=1)))

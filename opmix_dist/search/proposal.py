@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import rel_entr
 
-from opmix_dist.search.convex import ConvexProgram, Proximity
+from opmix_dist.search.convex import ConvexProgram
 from opmix_dist.search.descent import descended, sampled
 from opmix_dist.search.feasibility import InfeasibleError, SolverError, require_feasible_shares
 from opmix_dist.search.laws import ConvexLaw, Law
@@ -47,7 +47,6 @@ def propose(
     *,
     seed: int = 0,
     start: np.ndarray | None = None,
-    proximity: Proximity | None = None,
 ) -> Proposal:
     """The u of the least total that a law predicts, averaging term left out, within the problem's bounds.
 
@@ -59,14 +58,13 @@ def propose(
         seed: of the points that descents begin from.
         start: u [K], to begin from in place of those points: near the optimum it takes a fraction of the
             time. Programs that are compiled already do not need it.
-        proximity: (centre [K], weight) adds weight KL(u || centre); for convex laws.
 
     Raises:
         InfeasibleError: no u satisfies the bounds; names those that fail and the amounts.
         ValueError: the law has other components or losses than the problem.
         SolverError: the solver found no optimum.
     """
-    return Proposer(problem, law, proximity=proximity)(law, seed=seed, start=start)
+    return Proposer(problem, law)(law, seed=seed, start=start)
 
 
 class Proposer:
@@ -76,11 +74,11 @@ class Proposer:
     coefficients (shapes, caps, floors) are raised here.
     """
 
-    def __init__(self, problem: Problem, law: Law, *, proximity: Proximity | None = None) -> None:
+    def __init__(self, problem: Problem, law: Law) -> None:
         _require_fit(law, problem)
         require_feasible_shares(problem)
-        self.problem, self.proximity = problem, proximity
-        self._program = ConvexProgram(problem, proximity)
+        self.problem = problem
+        self._program = ConvexProgram(problem)
 
     def __call__(self, law: Law, *, seed: int = 0, start: np.ndarray | None = None) -> Proposal:
         u, status = self._solve(law, seed, start)
@@ -96,10 +94,8 @@ class Proposer:
         )
 
     def _solve(self, law: Law, seed: int, start: np.ndarray | None) -> tuple[np.ndarray, str]:
-        if isinstance(law, ConvexLaw) and (start is None or self._program.reuses(law) or self.proximity):
+        if isinstance(law, ConvexLaw) and (start is None or self._program.reuses(law)):
             return self._program.solve(law), "optimal"
-        if self.proximity is not None:
-            raise ValueError(f"proximity needs a convex law, {type(law).__name__} is not")
         if _has_gradient(law, self.problem):
             return descended(law, self.problem, seed, start), "best of several descents"
         return sampled(law, self.problem, seed, start), "mean of the best points"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from opmix_dist.search.bootstrap import bootstrap
-from opmix_dist.search.decision import best_known_gain, decide
+from opmix_dist.search.decision import decide, predicted_gain
 from opmix_dist.search.laws import Law, LogLinearLaw, Observations, fit_law
 from opmix_dist.search.problem import Problem
 from opmix_dist.search.proposal import propose
@@ -111,7 +111,7 @@ def search(case: Case, number: int, *, count: int = 100) -> Outcome:
     times.append(time.process_time())
     spread = bootstrap(fit, problem, count=count, seed=number, keep=keep, proposal=proposal)
     times.append(time.process_time())
-    gain = best_known_gain(fit.law, problem, spread, keep=keep, u=proposal.u)
+    gain = predicted_gain(fit.law, problem, spread, keep=keep, u=proposal.u)
 
     def distance(
         interval: tuple[np.ndarray, np.ndarray], value: np.ndarray, slack: float = 1e-9

@@ -104,7 +104,7 @@ def test_noise_of_known_leverage_by_hand():
     measured = np.linspace(2, 3, 8)[:, None] * np.ones(2)
     changed = dataclasses.replace(
         fit,
-        observations=fit.observations.with_losses(measured),
+        observations=dataclasses.replace(fit.observations, losses=measured),
         predicted=measured + inside,
         left_out=measured + outside,
     )

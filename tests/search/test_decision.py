@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from opmix_dist.search.bootstrap import Bootstrap
-from opmix_dist.search.decision import Gain, best_known_gain, decide
+from opmix_dist.search.decision import decide, predicted_gain
 from opmix_dist.search.laws import LogLinearLaw
 from opmix_dist.search.problem import Problem
 
@@ -54,16 +54,13 @@ def test_wrong_numbers_are_refused(arguments, message):
         decide(**{"gain": 0.1, "stderr": 0.1} | arguments)
 
 
-def test_gain_of_the_law_less_its_optimism_or_what_was_measured():
+def test_gain_of_the_law_less_its_optimism():
     # Mean losses 1 + (e^{-u_0} + e^{u_0}) / 2 at u_0 = 1 and 0: from 1 + cosh 1 down to 2.
     law = LogLinearLaw(np.zeros(2), np.array([[-1.0, 0.0], [1.0, 0.0]]))
     keep, u = np.array([1.0, 0.0]), np.array([0.0, 1.0])
     spread = Bootstrap((), NONE, NONE, gains=np.array([0.4, 0.5, 0.6]), optimism=0.04)
-    gain = best_known_gain(law, PROBLEM, spread, keep=keep, u=u)
+    gain = predicted_gain(law, PROBLEM, spread, keep=keep, u=u)
     assert gain.value == pytest.approx(np.cosh(1) - 1 - 0.04)
     assert gain.stderr == pytest.approx(0.1)
-    assert gain.source == "predicted"
-    measured = best_known_gain(law, PROBLEM, spread, keep=keep, u=u, measured=(0.3, 0.02))
-    assert measured == Gain(0.3, 0.02, "measured")
     with pytest.raises(ValueError, match="the bootstrap has no gains"):
-        best_known_gain(law, PROBLEM, Bootstrap((), NONE, NONE, gains=np.empty(0)), keep=keep, u=u)
+        predicted_gain(law, PROBLEM, Bootstrap((), NONE, NONE, gains=np.empty(0)), keep=keep, u=u)

@@ -426,17 +426,6 @@ def test_a_proposer_answers_each_law_as_if_it_were_the_first():
         np.testing.assert_allclose(proposer(law).u, propose(law, problem).u, atol=SHARE_TOLERANCE)
 
 
-def test_proximity_holds_a_step_back_by_hand():
-    # kl = 0 and L = 1 + e^{t u_0}: t e^{t a} + w log(a / (1 - a)) = 0 from a centre of (1/2, 1/2).
-    law = one_loss([1, 0])
-    problem = Problem(np.eye(2), np.array([0.5, 0.5]), kl=0.0)
-    weight = float(np.exp(0.25) / np.log(3))
-    found = propose(law, problem, proximity=(np.array([0.5, 0.5]), weight))
-    np.testing.assert_allclose(found.u, [0.25, 0.75], atol=SHARE_TOLERANCE)
-    with pytest.raises(ValueError, match="proximity needs a convex law, Hidden is not"):
-        propose(Hidden(law), problem, proximity=(np.array([0.5, 0.5]), weight))
-
-
 def test_a_solver_that_fails_is_an_error(monkeypatch):
     def give_up(self, **_):
         self._status = "optimal_inaccurate"

@@ -119,19 +119,6 @@ class Observations:
             self.domains,
         )
 
-    def with_losses(self, losses: np.ndarray) -> Observations:
-        """The same candidates with other losses [M, D], as a bootstrap draws them."""
-        return Observations(
-            self.candidates,
-            losses,
-            self.stderr,
-            self.gradients,
-            self.composition,
-            self.names,
-            self.components,
-            self.domains,
-        )
-
 
 def _shaped(values: np.ndarray, shape: tuple[int, ...], what: str) -> np.ndarray:
     values = np.asarray(values, dtype=np.float64)

@@ -18,10 +18,6 @@ def test_parts_keep_what_belongs_to_their_candidates():
         np.testing.assert_array_equal(part.gradients, gradients[order])
         np.testing.assert_allclose(part.mixtures, U[order] @ composition)
         assert (part.names, part.components, part.domains) == (("a", "b"), ("k", "l"), "xyz")
-    other = observations.with_losses(LOSSES + 1)
-    np.testing.assert_array_equal(other.losses, LOSSES + 1)
-    np.testing.assert_array_equal(other.gradients, gradients)
-    assert other.domains == "xyz"
 
 
 def test_components_are_domains_unless_a_composition_says_otherwise():
