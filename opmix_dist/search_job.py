@@ -14,6 +14,7 @@ from opmix_dist.data.catalogue import Catalogue
 from opmix_dist.data.mixtures import chosen_mixture
 from opmix_dist.distributed import Placement, Role, World, has_launcher, use_deterministic_kernels
 from opmix_dist.errors import UserError
+from opmix_dist.exchange import files
 from opmix_dist.exchange.opening import open_run
 from opmix_dist.exchange.rundir import RunDir, SearchDir, write_record
 from opmix_dist.exchange.schemas import Proposal, SearchRequest, SearchStage
@@ -24,7 +25,7 @@ from opmix_dist.pool.requests import check_components, search_request
 from opmix_dist.pool.run_search import Searcher
 from opmix_dist.process import die_with_parent
 from opmix_dist.report.html import write_report
-from opmix_dist.report.tables import proposal_tables
+from opmix_dist.report.tables import law_table, proposal_tables
 from opmix_dist.settings import changed_settings
 from opmix_dist.terminal import open_console, say
 
@@ -117,17 +118,27 @@ def _answer(
     world: World,
     sources: Mapping[str, MixtureSource],
 ) -> None:
-    """Collective. Search, unless that is done, and tell."""
+    """Collective. Search, unless that is done, and tell. A search that fails leaves what an earlier one had
+    answered, under other settings."""
     search = run.search(request.search)
+    earlier: dict[Path, bytes] = {}
     is_done = world.share([float(_is_answered(run, search, config, request))] if world.is_leader else None)
     if not is_done[0]:
         if world.is_leader:
-            search.proposal_file.unlink(missing_ok=True)  # the answer to other settings
+            if search.proposal_file.exists():
+                asked = (search.proposal_file, search.status_file, search.request_file, run.config_file)
+                earlier = {path: path.read_bytes() for path in asked}
+                search.proposal_file.unlink()  # the answer to other settings
             run.write_config(config)
             write_record(search.request_file, request)
         world.barrier()
         Searcher(run, config, world).answer(search)
-    _require_answer(search, world)
+    try:
+        _require_answer(search, world)
+    except UserError:
+        for path, content in earlier.items():
+            files.write_bytes(path, content)
+        raise
     if world.is_leader:
         _tell(run, search.proposal(), sources)
     world.barrier()
@@ -162,7 +173,9 @@ def _require_answer(search: SearchDir, world: World) -> None:
 def _tell(run: RunDir, proposal: Proposal, sources: Mapping[str, MixtureSource]) -> None:
     """Tables and decision, the report, and the mixture for other trainers."""
     console = open_console()
-    for table in proposal_tables(proposal):
+    search = run.search(proposal.search)
+    laws = [law_table(search.fit())] if search.fit_file.exists() else []
+    for table in (*proposal_tables(proposal), *laws):
         console.print(table)
     for warning in proposal.warnings:
         say(console, f"warning: {warning}")

@@ -90,6 +90,7 @@ def test_a_finished_search_tells_its_result_again(finished: Path, capsys: pytest
     assert proposal.decision is not None
     verdict = "move to the proposal" if proposal.decision.move else "keep the mixture"
     assert f"{verdict}: {proposal.decision.reason}" in text
+    assert "left-out error" in text
     assert f"{100 * proposal.weights['json']:.1f}%" in text
 
 
@@ -103,6 +104,20 @@ def test_other_bounds_use_the_probes_and_evaluations_that_are_there(finished: Pa
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
     evaluated = [path for path in kept if path.parent == run.evaluations]
     assert len(list(run.evaluations.iterdir())) == len(evaluated) + 2, "the proposal, and staying like it"
+
+
+def test_a_question_without_an_answer_leaves_the_earlier_one(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    run = RunDir(tmp_path / "run")
+    answered = (run.search("0001").proposal_file, run.search("0001").request_file, run.config_file)
+    before = [path.read_bytes() for path in answered]
+    overrides = ["--run_dir", run.path, "--search.proposal.floors", "{json: 0.99}"]
+    assert search(tmp_path / "config.yaml", *overrides) == 2
+    assert "floor of json (0.99)" in capsys.readouterr().err
+    assert [path.read_bytes() for path in answered] == before
+    assert main(["mixture", str(run.path)]) == 0
 
 
 @pytest.mark.launch

@@ -26,15 +26,18 @@ from opmix_dist.exchange.schemas import (
 from opmix_dist.models.loss import paired_stderr
 from opmix_dist.pool.evaluations import Evaluations
 from opmix_dist.pool.requests import staying
-from opmix_dist.search.ask_tell import SearchResult
+from opmix_dist.search.ask_tell import SearchResult, best_measured
 from opmix_dist.search.bootstrap import Bootstrap
 from opmix_dist.search.decision import decide
 from opmix_dist.search.laws import Law, LawFit, Observations
-from opmix_dist.search.problem import Problem
+from opmix_dist.search.problem import TOLERANCE, Problem
+from opmix_dist.search.what_if import Reach
 from opmix_dist.search_config import ProposalConfig
 
 # Effective probes of the proposal over those of staying from which the gain is said to hold some averaging.
 MORE_PROBES = 1.05
+# Nats by which a measured candidate may be better than the proposal without a word.
+BEHIND = 1e-3
 
 
 @dataclass(frozen=True)
@@ -270,7 +273,23 @@ def proposal_record(outcome: Outcome) -> Proposal:
 
 def _warnings(outcome: Outcome) -> Iterator[str]:
     yield from outcome.result.fit.warnings if outcome.result.fit else ()
-    broken = outcome.problem.violations(outcome.landed.losses.loss[0], outcome.u)
+    landed, candidates = outcome.landed.losses.loss[0], outcome.observations.candidates
+    row = best_measured(outcome.problem, outcome.observations, TOLERANCE)
+    if row is not None:
+        best = outcome.problem.total(outcome.observations.losses[row], candidates[row])
+        behind = outcome.problem.total(landed, outcome.u) - best
+        if behind > BEHIND:
+            yield (
+                f"simulated at the proposal, the objective is {behind:.4g} above candidate {row}'s: the "
+                "laws are wrong here; more search.refinement.rounds or search.method gradient may mend it"
+            )
+    if outcome.result.fit is not None and not (reach := Reach.of(candidates)).covers(outcome.u):
+        yield (
+            f"{reach.distance(outcome.u):.1%} of the proposal's coefficients lie outside of what the "
+            "candidates span, where intervals say little: raise search.candidates.count or "
+            "search.refinement.rounds"
+        )
+    broken = outcome.problem.violations(landed, outcome.u)
     if broken:
         yield f"simulated at the proposal, a bound does not hold: {'; '.join(broken)}"
     mixed, reached = (1 / float(u @ u) for u in (outcome.u, outcome.keep))

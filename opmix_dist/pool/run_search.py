@@ -126,11 +126,24 @@ class _Search:
             samples_per_domain=settings.candidates.samples_per_domain,
             seed=self.config.seed,
         )
+        self._tell_few_samples()
         with self.ledger.timed("load snapshot"):
             self.model = self._load_model()
         self.status.advance(0)
         self.flops = count_flops(self.model, self.catalogue.sequence_length, settings.probes.rank)
         self.probes = ProbeGroups(self.search, self.request, self.config, self.catalogue, self.world)
+
+    def _tell_few_samples(self) -> None:
+        wanted = self.config.search.candidates.samples_per_domain
+        counts = np.bincount(self.heldout.domain_ids.numpy(), minlength=len(self.request.domains))
+        few = [f"{name} {n}" for name, n in zip(self.request.domains, counts, strict=True) if n < wanted]
+        if few and self.world.is_leader:
+            log.warning(
+                "search.candidates.samples_per_domain is %d, but some domains have fewer held-out samples: "
+                "%s. Errors are larger for it; prepare with more --eval-documents",
+                wanted,
+                ", ".join(few),
+            )
 
     @property
     def _snapshot(self) -> Path:

@@ -83,7 +83,7 @@ def _landing(
 ) -> Html:
     text = _LANDING.format(horizon=words.si(proposal.horizon_tokens))
     if not realised:
-        text += " The run has not finished, so nothing is realised yet."
+        text += " Nothing is realised yet."
     losses = charts.landing_losses(proposal, realised)
     ahead = {name: values for name, values in losses.items() if values is not realised}
     scales = [("At the horizon of the search", ahead)]  # the end of the run may dwarf these differences

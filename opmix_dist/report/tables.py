@@ -17,7 +17,7 @@ from rich.text import Text
 
 from opmix_dist.errors import UserError
 from opmix_dist.exchange.rundir import RunDir
-from opmix_dist.exchange.schemas import EvalLine, PhaseCost, Proposal
+from opmix_dist.exchange.schemas import EvalLine, Fit, PhaseCost, Proposal
 from opmix_dist.report import words
 from opmix_dist.report.reading import final_line, read_run
 
@@ -184,6 +184,15 @@ def _gain_tables(proposal: Proposal) -> Iterator[Table]:
     for what, text in words.gain(proposal.gain, proposal.confidence).items():
         table.add_row(what, text)
     yield table
+
+
+def law_table(fit: Fit) -> Table:
+    """How well the laws hold."""
+    table = _table(f"Laws ({fit.family})", ["domain"], ["R2", "left-out error, nats", "calibration"])
+    for row in zip(fit.domains, fit.r2, fit.loo_error, fit.calibration, strict=True):
+        name, *numbers = row
+        table.add_row(Text(name), *(words.loss(number) for number in numbers))
+    return table
 
 
 def _table(title: str, first: Sequence[str], numbers: Sequence[str], caption: str | None = None) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +241,7 @@ def test_what_measuring_tells_against_a_proposal_is_said(finished: SearchDir) ->
         settings=ProposalConfig(),
         problem=problem,
         result=SearchResult(None, landing, 1, "done"),
-        observations=Observations(u[None], landed.losses.loss),
+        observations=Observations(np.stack([np.eye(4)[0], u]), np.array([[1.9] * 3, [2.5, 1.0, 1.0]])),
         measured=landed,
         base=base,
         alone=base,
@@ -253,6 +254,11 @@ def test_what_measuring_tells_against_a_proposal_is_said(finished: SearchDir) ->
         costs={},
     )
     bound, averaging = proposal_record(outcome).warnings
+    better = Observations(np.eye(4)[:1], np.array([[1.4] * 3]))
+    first, *others = proposal_record(dataclasses.replace(outcome, observations=better)).warnings
+    assert others == [bound, averaging]
+    assert first.startswith("simulated at the proposal, the objective is ")
+    assert "above candidate 0's: the laws are wrong here" in first
     assert bound == (
         f"simulated at the proposal, a bound does not hold: loss of {DOMAINS[0]} rises by 0.5, "
         "max_increase allows 0.1"
