@@ -52,7 +52,7 @@ def gain(found: Gain, confidence: float | None) -> dict[str, str]:
     if found.optimism is not None:
         lines["of the measured, for having chosen on the same samples"] = _three_digits(found.optimism)
     if found.averaging is not None:
-        lines["left out: of averaging probes alone, on the old mixture"] = _three_digits(found.averaging)
+        lines["no part of it: averaging probes, the mixture unchanged"] = _three_digits(found.averaging)
     return lines
 
 
