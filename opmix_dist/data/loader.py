@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import logging
 import re
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,7 +36,7 @@ from opmix_dist.seeds import derive_seed
 
 log = logging.getLogger(__name__)
 
-# DataLoader raises a RuntimeError in these words, from its iterator or from its handler of SIGCHLD
+# DataLoader's iterator raises a RuntimeError in these words
 _WORKER_DIED = re.compile(r"^DataLoader worker \(pid")
 
 
@@ -308,7 +311,8 @@ class MixtureLoader:
                 # after a resume or a change of weights would differ
                 generator=torch.Generator(),
             )
-        return iter(self._workers)
+        with _own_child_signals():
+            return iter(self._workers)
 
     def _plan(self) -> Iterator[list[tuple[int, int]]]:
         """This rank's (domain, sample id) of each batch, as far ahead as the workers ask for."""
@@ -434,6 +438,17 @@ class _Plan:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return self._plan()
+
+
+@contextmanager
+def _own_child_signals() -> Iterator[None]:
+    """Without the handler that DataLoader sets for a worker's death: it would raise anywhere in this process,
+    in the middle of a training step. The iterator finds a dead worker too, within seconds.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _as_read(batch: Any) -> Any:

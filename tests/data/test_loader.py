@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -207,6 +208,7 @@ def test_a_killed_reader_is_told_in_one_line_and_replaced(make: Make) -> None:
     for worker in multiprocessing.active_children():
         assert worker.pid is not None
         os.kill(worker.pid, signal.SIGKILL)
+    time.sleep(0.5)  # their deaths raise nothing by themselves, in the middle of whatever goes on
     with pytest.raises(UserError, match=r"DataLoader worker \(pid.*data.num_workers") as caught:
         take(loader, 8)
     assert "\n" not in str(caught.value)
