@@ -14,7 +14,7 @@ from opmix_dist.fit.tables import Swarm
 from opmix_dist.search.bootstrap import Bootstrap, bootstrap
 from opmix_dist.search.decision import Decision, Gain, decide, predicted_gain
 from opmix_dist.search.feasibility import InfeasibleError, SolverError
-from opmix_dist.search.laws import Law, LawFit, Observations, fit_law
+from opmix_dist.search.laws import Law, LawFit, Observations, SmoothLaw, fit_law
 from opmix_dist.search.problem import Problem
 from opmix_dist.search.proposal import Proposal, propose
 
@@ -150,13 +150,19 @@ class _Reversed:
     def predict(self, candidates: np.ndarray, *, averaging: bool = True) -> np.ndarray:
         return self.ceiling - self.law.predict(candidates, averaging=averaging)
 
+
+@dataclass(frozen=True)
+class _SmoothReversed(_Reversed):
+    law: SmoothLaw
+
     def gradient(self, u: np.ndarray, *, averaging: bool = True) -> np.ndarray:
         return -self.law.gradient(u, averaging=averaging)
 
 
 def _worst(config: FitConfig, fit: LawFit, problem: Problem) -> Proposal:
     """The mixture that the law itself expects to be worst, and the losses that it expects of it."""
-    reversed_law = _Reversed(fit.law, ceiling=2 * float(fit.measured.max()))
+    law, ceiling = fit.law, 2 * float(fit.measured.max())
+    reversed_law = _SmoothReversed(law, ceiling) if isinstance(law, SmoothLaw) else _Reversed(law, ceiling)
     found = propose(reversed_law, problem, seed=config.regression.seed)
     predicted = fit.law.predict(found.u[None], averaging=False)[0]
     return replace(found, predicted=predicted, objective=problem.total(predicted, found.u))

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from opmix_dist.search.feasibility import InfeasibleError, corners, drawn_in, share_bounds
-from opmix_dist.search.laws import Law
+from opmix_dist.search.laws import Law, SmoothLaw
 from opmix_dist.search.problem import TOLERANCE, Problem
 
 # Points that the law is asked about before any descent; how many of the best, at which distance from each
@@ -47,7 +47,7 @@ def sampled(law: Law, problem: Problem, seed: int, start: np.ndarray | None = No
     raise _infeasible(best[0], failures)
 
 
-def descended(law: Law, problem: Problem, seed: int, start: np.ndarray | None = None) -> np.ndarray:
+def descended(law: SmoothLaw, problem: Problem, seed: int, start: np.ndarray | None = None) -> np.ndarray:
     """u [K]: the lowest feasible end of SLSQP, with exact Jacobians, from the best of many points.
 
     start: u [K], is begun from alone where it is given. Raises InfeasibleError where descent of the amounts
@@ -116,7 +116,7 @@ class _Program:
     what makes kinks smooth: the worst loss as a variable of its own, or (elastic) the amount by which each
     bounded loss passes its bound, whose sum is then minimised in place of the total."""
 
-    def __init__(self, law: Law, problem: Problem) -> None:
+    def __init__(self, law: SmoothLaw, problem: Problem) -> None:
         self.law, self.problem, self.usable = law, problem, problem.usable
         self.num_weights = int(self.usable.sum())
         count = law.predict(np.eye(len(self.usable))[:1]).shape[1]

@@ -8,8 +8,7 @@ from itertools import pairwise
 import cvxpy as cp
 import numpy as np
 
-from opmix_dist.search.laws import Law
-from opmix_dist.search.laws.base import ConvexLaw
+from opmix_dist.search.laws import ConvexLaw, Law, SmoothLaw
 from opmix_dist.search.problem import Problem
 from opmix_dist.search.proposal import InfeasibleError, propose
 
@@ -105,7 +104,7 @@ class _TwoLosses:
         count = law.predict(np.eye(len(problem.expanded))[:1]).shape[1]
         if weights.shape != (2, count):
             raise ValueError(f"the law has {count} losses, and weights are given of {weights.shape[-1]}")
-        self.law = _ConvexWithSums(law, weights) if isinstance(law, ConvexLaw) else _WithSums(law, weights)
+        self.law = _with_sums(law, weights)
         self.problem, self.weights, self.kl, self.seed = problem, weights, kl, seed
 
     def weighted(self, of_first: float, of_second: float) -> _Point:
@@ -151,13 +150,18 @@ class _WithSums:
         losses = self.law.predict(candidates, averaging=averaging)
         return np.hstack([losses, losses @ self.weights.T])
 
+
+@dataclass(frozen=True)
+class _SmoothWithSums(_WithSums):
+    law: SmoothLaw
+
     def gradient(self, u: np.ndarray, *, averaging: bool = True) -> np.ndarray:
         gradient = self.law.gradient(u, averaging=averaging)
         return np.vstack([gradient, self.weights @ gradient])
 
 
 @dataclass(frozen=True)
-class _ConvexWithSums(_WithSums):
+class _ConvexWithSums(_SmoothWithSums):
     """Weights are not negative, so that the sums are convex, too."""
 
     law: ConvexLaw
@@ -165,6 +169,12 @@ class _ConvexWithSums(_WithSums):
     def expression(self, u: cp.Variable) -> cp.Expression:
         losses = self.law.expression(u)
         return cp.hstack([losses, self.weights @ losses])
+
+
+def _with_sums(law: Law, weights: np.ndarray) -> Law:
+    if isinstance(law, ConvexLaw):
+        return _ConvexWithSums(law, weights)
+    return _SmoothWithSums(law, weights) if isinstance(law, SmoothLaw) else _WithSums(law, weights)
 
 
 def _open_gaps(

@@ -10,7 +10,7 @@ from scipy.special import rel_entr
 from opmix_dist.search.convex import ConvexProgram
 from opmix_dist.search.descent import descended, sampled
 from opmix_dist.search.feasibility import InfeasibleError, SolverError, require_feasible_shares
-from opmix_dist.search.laws import ConvexLaw, Law
+from opmix_dist.search.laws import ConvexLaw, Law, SmoothLaw
 from opmix_dist.search.problem import Problem, paper_composition
 
 __all__ = [
@@ -96,7 +96,7 @@ class Proposer:
     def _solve(self, law: Law, seed: int, start: np.ndarray | None) -> tuple[np.ndarray, str]:
         if isinstance(law, ConvexLaw) and (start is None or self._program.reuses(law)):
             return self._program.solve(law), "optimal"
-        if _has_gradient(law, self.problem):
+        if isinstance(law, SmoothLaw):
             return descended(law, self.problem, seed, start), "best of several descents"
         return sampled(law, self.problem, seed, start), "mean of the best points"
 
@@ -127,11 +127,3 @@ def _require_fit(law: Law, problem: Problem) -> None:
     except ValueError as error:
         raise ValueError(f"the law has other components than the composition's {count}: {error}") from error
     problem.require_losses(losses.shape[1])
-
-
-def _has_gradient(law: Law, problem: Problem) -> bool:
-    try:
-        law.gradient(np.eye(len(problem.expanded))[0])
-    except NotImplementedError:
-        return False
-    return True

@@ -179,9 +179,6 @@ class Stairs:
     def predict(self, candidates, *, averaging=True):
         return np.round(2 - candidates**2, 1)
 
-    def gradient(self, u, *, averaging=True):
-        raise NotImplementedError
-
 
 def test_laws_of_steps_have_a_front_of_sampled_points():
     """Means of the best points are proposals here, and some of them are dominated by others: these go."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -15,7 +17,7 @@ from tests.search.truths import run
 DOMAINS = ("a", "b", "c")
 
 
-def steep(seed: int, **settings: object) -> tuple[LogLinearLaw, Problem]:
+def steep(seed: int, **settings: Any) -> tuple[LogLinearLaw, Problem]:
     """Each loss falls with its own domain; none may rise by more than 0.02 above `old`."""
     rng = np.random.default_rng(seed)
     old = np.full(3, 1 / 3)
@@ -23,7 +25,7 @@ def steep(seed: int, **settings: object) -> tuple[LogLinearLaw, Problem]:
     t = -np.diag(rng.uniform(0.5, 2, 3))
     law = LogLinearLaw(np.log(rng.uniform(1, 2, 3)), t @ composition.T)
     bounds = {"reference": law.predict(np.eye(4)[:1])[0], "max_increase": np.full(3, 0.02)} | settings
-    return law, Problem(composition, old, kl=0.01, domains=DOMAINS, losses=DOMAINS, **bounds)  # type: ignore[arg-type]
+    return law, Problem(composition, old, kl=0.01, domains=DOMAINS, losses=DOMAINS, **bounds)
 
 
 @pytest.mark.parametrize("seed", [1, 4, 7, 9])  # of 9 the solver needs room, too

@@ -48,9 +48,6 @@ class Steps:
     def predict(self, candidates, *, averaging=True):
         return np.round(self.law.predict(candidates) / self.step) * self.step
 
-    def gradient(self, u, *, averaging=True):
-        raise NotImplementedError
-
 
 @dataclass(frozen=True)
 class Hidden:

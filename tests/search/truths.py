@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from scipy.optimize import minimize
@@ -14,12 +14,12 @@ from opmix_dist.search.problem import Problem
 from opmix_dist.search.simplex import Components, sample_candidates
 
 
-def rebalance(num_domains: int, **settings: object) -> Problem:
+def rebalance(num_domains: int, **settings: Any) -> Problem:
     """`old` is uniform, and a probe per domain with 90% of it."""
     uniform = np.full(num_domains, 1 / num_domains)
     domains = [f"d{i}" for i in range(num_domains)]
     composition = Components.for_rebalance(domains, uniform).matrix
-    return Problem(composition, uniform, domains=domains, losses=domains, **settings)  # type: ignore[arg-type]
+    return Problem(composition, uniform, domains=domains, losses=domains, **settings)
 
 
 def log_linear_truth(problem: Problem, seed: int) -> LogLinearLaw:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from opmix_dist.search.laws.base import ConvexLaw, Family, Law, LawFit, Observations
+from opmix_dist.search.laws.base import ConvexLaw, Family, Law, LawFit, Observations, SmoothLaw
 from opmix_dist.search.laws.choice import choose
 from opmix_dist.search.laws.gaussian_process import GaussianProcess
 from opmix_dist.search.laws.log_linear import LogLinear, LogLinearLaw
@@ -22,6 +22,7 @@ __all__ = [
     "LawFit",
     "LogLinearLaw",
     "Observations",
+    "SmoothLaw",
     "fit_law",
 ]
 

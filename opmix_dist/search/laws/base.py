@@ -141,13 +141,18 @@ class Law(Protocol):
         """Losses [M, D] at candidates U [M, K]."""
         ...
 
+
+@runtime_checkable
+class SmoothLaw(Law, Protocol):
+    """A law with slopes, which those of steps (trees) do not have."""
+
     def gradient(self, u: np.ndarray, *, averaging: bool = True) -> np.ndarray:
-        """dL_i / du_k [D, K] at one u [K]; laws that are flat in steps (trees) raise NotImplementedError."""
+        """dL_i / du_k [D, K] at one u [K]."""
         ...
 
 
 @runtime_checkable
-class ConvexLaw(Law, Protocol):
+class ConvexLaw(SmoothLaw, Protocol):
     """A law that is convex in u and can say so to cvxpy, without its averaging term."""
 
     def expression(self, u: cp.Expression) -> cp.Expression:

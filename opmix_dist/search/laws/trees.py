@@ -43,10 +43,6 @@ class TreesLaw:
         """Losses [M, D] at candidates U [M, K]."""
         return np.column_stack([booster.predict(candidates, num_threads=1) for booster in self.boosters])
 
-    def gradient(self, u: np.ndarray, *, averaging: bool = True) -> np.ndarray:
-        """There is none: raises NotImplementedError."""
-        raise NotImplementedError("trees are flat in steps: they have no gradient")
-
 
 @dataclass(frozen=True)
 class Trees:
