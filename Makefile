@@ -48,7 +48,7 @@ lock: ## write the locks again (needs uv); pins stay where they can: delete the 
 	uv pip compile --quiet --universal --python-version 3.11 --no-annotate --custom-compile-command "make lock" \
 	  --override requirements/left-out.txt --output-file requirements/cuda.lock \
 	  setup.py requirements/base.in requirements/dev.in
-	sed -E -e '/^(cuda|nvidia|triton)[-=]/d' -e 's/^torch==[^ ]+/&+cpu/' requirements/cuda.lock > requirements/cpu.lock
+	sed -E -e '/^(cuda|nvidia)[-=]/d' -e 's/^torch==[^ ]+/&+cpu/' requirements/cuda.lock > requirements/cpu.lock
 
 .PHONY: clean
 clean: ## remove the environment, caches and build folders; data/ and runs/ stay

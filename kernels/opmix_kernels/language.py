@@ -1,0 +1,38 @@
+"""What every kernel does the same way: products, rounding, and going around Triton's interpreter in bfloat16.
+
+The interpreter stores bfloat16 as 16-bit integers and, in some versions, multiplies, adds and compares their
+bit patterns without an error; its casts truncate. So kernels load as float32 (``.to(tl.float32)``), multiply
+matrices through :func:`dot`, and round through :func:`rounded` only.
+"""
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+"""Whether kernels run in Triton's interpreter: ``TRITON_INTERPRET=1`` when this module was imported."""
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a b, acc float32. Products of float32 are float32 ones (no tf32)."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 x in ``dtype``, rounded to nearest, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:  # so that the interpreter's truncation gives the nearest
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        # NaN must not become infinity by the carry
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
+def offset(index, stride):
+    """index * stride in 64 bits: products of rows and strides pass 2^31."""
+    return tl.cast(index, tl.int64) * stride

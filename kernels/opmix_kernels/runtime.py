@@ -1,0 +1,216 @@
+"""Launching: which tile sizes a kernel gets on which GPU, and how a launch is recorded to be compiled ahead.
+
+Configurations are chosen by a table, not by timing at the first launch: another tile size sums in another
+order, and ranks or restarts that chose differently would differ in the last digits. ``OPMIX_KERNELS_TUNING``
+names a JSON file of choices that were measured (``python -m opmix_kernels.tune``); it is fixed, hence as
+reproducible.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from opmix_kernels.language import INTERPRETED
+
+TUNING_FILE = "OPMIX_KERNELS_TUNING"
+ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes (the kernel's upper-case constexprs), warps and pipeline stages of one launch."""
+
+    blocks: Mapping[str, int]
+    warps: int = 4
+    stages: int = 2
+
+    def __str__(self) -> str:
+        tiles = " ".join(f"{name}={size}" for name, size in self.blocks.items())
+        return f"{tiles} warps={self.warps} stages={self.stages}"
+
+
+Shipped = Mapping[str, Mapping[int, Sequence[Config]]]
+"""Architecture to bytes per element of the inputs to configurations; the first is the default."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch: what ahead-of-time compilation needs of its arguments."""
+
+    kernel: Kernel
+    arguments: Mapping[str, Any]
+    """By parameter name: tensors (also on the meta device), numbers and None."""
+    constexprs: Mapping[str, Any]
+    config: Config
+    itemsize: int
+    label: str
+
+
+@dataclass
+class Kernel:
+    """A ``@triton.jit`` function and the configurations that are shipped for it.
+
+    Args:
+        is_product: whether it multiplies matrices, so that its machine code must use tensor cores in 16 bits.
+    """
+
+    fn: Any
+    shipped: Shipped
+    is_product: bool
+    forced: Config | None = field(default=None, init=False)
+
+    @property
+    def name(self) -> str:
+        return str(self.fn.__name__)
+
+    def config(self, like: Tensor, key: str = "") -> Config:
+        """For tensors like this one: that of the tuning file under ``key`` where it has one, or the shipped
+        default.
+
+        Raises:
+            RuntimeError: an architecture that nothing is shipped for.
+        """
+        if self.forced is not None:
+            return self.forced
+        architecture = _recording.architecture if _recording else architecture_of(like.device)
+        choices = self.choices(architecture, like.element_size())
+        chosen = _tuned().get(f"{self.name} {architecture} {like.element_size()} {key}")
+        return choices[0] if chosen is None else choices[chosen]
+
+    def choices(self, architecture: str, itemsize: int) -> Sequence[Config]:
+        by_size = self.shipped[architecture]
+        return by_size[itemsize] if itemsize in by_size else by_size[max(by_size)]
+
+    @contextmanager
+    def using(self, config: Config) -> Iterator[None]:
+        """Every launch inside has this configuration: for tests and for tuning."""
+        before, self.forced = self.forced, config
+        try:
+            yield
+        finally:
+            self.forced = before
+
+    def __call__(
+        self,
+        grid: tuple[int, ...] | Callable[[Mapping[str, int]], tuple[int, ...]],
+        *,
+        like: Tensor,
+        key: str = "",
+        constexprs: Mapping[str, Any],
+        **arguments: Any,
+    ) -> None:
+        """Launch on the device of ``like``; nothing waits for it.
+
+        Args:
+            grid: blocks of the grid, or a function of the configuration's tile sizes that gives them.
+            like: tensor whose device and element size choose the configuration: an operand of the product.
+            key: of the shapes in a tuning file.
+            constexprs: others than the configuration's tile sizes.
+        """
+        config = self.config(like, key)
+        if _recording is not None:
+            launch = Launch(self, arguments, constexprs, config, like.element_size(), _recording.label)
+            _recording.launches.append(launch)
+            return
+        size = grid(config.blocks) if callable(grid) else grid
+        if 0 in size:
+            return
+        # Triton launches on the current device, whichever the tensors are on
+        with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
+            self.fn[size](
+                **arguments, **constexprs, **config.blocks, num_warps=config.warps, num_stages=config.stages
+            )
+
+
+@dataclass
+class Recording:
+    """Launches of operations on tensors of the meta device, as if on a GPU of this architecture."""
+
+    architecture: str
+    launches: list[Launch] = field(default_factory=list)
+    label: str = ""
+
+
+_recording: Recording | None = None
+
+
+@contextmanager
+def recording(architecture: str) -> Iterator[Recording]:
+    """Launches inside are noted and not carried out."""
+    global _recording
+    before, _recording = _recording, Recording(architecture)
+    try:
+        yield _recording
+    finally:
+        _recording = before
+
+
+def architecture_of(device: torch.device) -> str:
+    """The architecture whose configurations suit this device.
+
+    Raises:
+        RuntimeError: naming the device that nothing is shipped for.
+    """
+    if INTERPRETED.value:
+        return "sm_80"
+    return _architecture(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@cache
+def _architecture(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        name = properties.gcnArchName.split(":")[0]
+        found = name if name in ARCHITECTURES else None
+    else:
+        found = "sm_90" if properties.major >= 9 else "sm_80" if properties.major == 8 else None
+    if found is None:
+        raise RuntimeError(
+            f"no kernel configurations for {properties.name}: set the kernels to plain torch "
+            f"(shipped: {', '.join(ARCHITECTURES)})"
+        )
+    return found
+
+
+@cache
+def _tuned() -> dict[str, int]:
+    """The tuning file's choices: "kernel architecture itemsize key" to an index into what is shipped."""
+    path = os.environ.get(TUNING_FILE)
+    return (
+        {} if not path else {str(k): int(v) for k, v in json.loads(Path(path).read_text())["choices"].items()}
+    )
+
+
+def available(device: torch.device) -> bool:
+    """Whether kernels can run on tensors of this device: on a GPU, or anywhere in the interpreter."""
+    return device.type == "cuda" or bool(INTERPRETED.value)
+
+
+def require_available(device: torch.device) -> None:
+    """RuntimeError where :func:`available` is false."""
+    if not available(device) and _recording is None:
+        raise RuntimeError(
+            f"Triton kernels need a GPU, and the tensors are on {device}: use opmix_kernels' plain-torch "
+            "references there, or set TRITON_INTERPRET=1 before anything is imported to test"
+        )
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[..., d] as [R, d] with elements of a row side by side: a view wherever strides allow, else a copy."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
+
+
+def cdiv(a: int, b: int) -> int:
+    return triton.cdiv(a, b)
