@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 
 from opmix_kernels import merge
 from opmix_kernels.language import INTERPRETED
-from opmix_kernels.runtime import ARCHITECTURES, Config, Launch, recording
+from opmix_kernels.runtime import ARCHITECTURES, Config, Launch, Tiled, recording
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -83,7 +83,7 @@ def compile_launch(launch: Launch, architecture: str, config: Config) -> Compile
         if name in constants:
             signature[name] = "constexpr"
             continue
-        kind, constant, aligned = _specialised(launch.arguments[name])
+        kind, constant, aligned = _specialised(launch.arguments[name], config)
         signature[name] = kind
         if kind == "constexpr":
             constants[name] = constant
@@ -105,11 +105,14 @@ def compile_launch(launch: Launch, architecture: str, config: Config) -> Compile
     return Compiled(launch, architecture, config, registers, spilled, built.metadata.shared, found)
 
 
-def _specialised(value: Any) -> tuple[str, Any, bool]:
+def _specialised(value: Any, config: Config) -> tuple[str, Any, bool]:
     """Type, constant and divisibility by 16 of one argument, as Triton's launcher specialises it."""
     if isinstance(value, Tensor):  # the allocator aligns; views that do not start at 16 bytes are rare
         aligned = value.storage_offset() * value.element_size() % 16 == 0
         return f"*{_TYPES[value.dtype]}", None, aligned
+    if isinstance(value, Tiled):
+        tile = [config.blocks[name] for name in value.tile]
+        return f"tensordesc<{_TYPES[value.matrix.dtype]}{tile}>", None, False
     if value is None:
         return "constexpr", None, False
     if isinstance(value, bool):

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from opmix_kernels.language import INTERPRETED
 
@@ -45,12 +46,28 @@ Shipped = Mapping[str, Mapping[int, Sequence[Config]]]
 
 
 @dataclass(frozen=True)
+class Tiled:
+    """A matrix argument that the kernel loads in tiles through a tensor descriptor (TMA from sm_90 on).
+
+    Args:
+        matrix: begins at a multiple of 16 bytes, as do its rows; elements of a row are side by side.
+        tile: names of the configuration's blocks that are the tile's rows and columns.
+    """
+
+    matrix: Tensor
+    tile: tuple[str, str]
+
+    def descriptor(self, blocks: Mapping[str, int]) -> TensorDescriptor:
+        return TensorDescriptor.from_tensor(self.matrix, [blocks[name] for name in self.tile])
+
+
+@dataclass(frozen=True)
 class Launch:
     """One recorded launch: what ahead-of-time compilation needs of its arguments."""
 
     kernel: Kernel
     arguments: Mapping[str, Any]
-    """By parameter name: tensors (also on the meta device), numbers and None."""
+    """By parameter name: tensors (also on the meta device), Tiled ones, numbers and None."""
     constexprs: Mapping[str, Any]
     config: Config
     itemsize: int
@@ -126,10 +143,11 @@ class Kernel:
         size = grid(config.blocks) if callable(grid) else grid
         if 0 in size:
             return
+        given = {k: v.descriptor(config.blocks) if isinstance(v, Tiled) else v for k, v in arguments.items()}
         # Triton launches on the current device, whichever the tensors are on
         with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
             self.fn[size](
-                **arguments, **constexprs, **config.blocks, num_warps=config.warps, num_stages=config.stages
+                **given, **constexprs, **config.blocks, num_warps=config.warps, num_stages=config.stages
             )
 
 
