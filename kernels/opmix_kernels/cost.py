@@ -1,9 +1,9 @@
 """What each operation costs by arithmetic: FLOPs, bytes, time under measured ceilings, and when merging wins.
 
-A path is a sequence of kernels; each takes the longer of its arithmetic and its memory traffic, and a launch
-(the roofline: Williams, Waterman and Patterson, CACM 52(4), 2009). Traffic counts every operand once, from and
-to the GPU's memory; what stays in a cache within one kernel counts nothing. So these are floors, which no
-measurement should undercut by more than its noise, and not predictions.
+A path is a sequence of kernels; each takes the longer of its arithmetic and its memory traffic, and a
+launch (the roofline: Williams, Waterman and Patterson, CACM 52(4), 2009). Traffic counts every operand once,
+from and to the GPU's memory; what stays in a cache within one kernel counts nothing. So these are floors,
+which no measurement should undercut by more than its noise, and not predictions.
 
 Tiny example: 2 FLOP/s and 4 bytes/s; a kernel of 6 FLOPs and 8 bytes takes max(6 / 2, 8 / 4) = 3 s.
 """
@@ -69,7 +69,7 @@ def norm(rows: int, width: int, itemsize: int = 2) -> Work:
 
 
 def norm_shrink_gate(rows: int, width: int, columns: int, itemsize: int = 2) -> Work:
-    """[R, d] to [X | Z] with J gated columns in all: 2 R d J FLOPs; x read, X and Z written, A [J, d] read."""
+    """[R, d] to [X | Z] with J gated columns: 2 R d J FLOPs; x read, X and Z written, A [J, d] read."""
     return Work(
         2.0 * rows * width * columns,
         itemsize * (rows * (2 * width + columns) + columns * width),
@@ -89,8 +89,8 @@ def expand_add(rows: int, columns: int, d_out: int, itemsize: int = 2) -> Work:
 def merge(
     candidates: int, d_in: int, d_out: int, columns: int, weight_itemsize: int = 2, itemsize: int = 2
 ) -> Work:
-    """M merged copies of W [d_out, d_in] in one kernel: 2 M J d_in d_out FLOPs; W read once, M copies written,
-    A and B read once."""
+    """M merged copies of W [d_out, d_in] in one kernel: 2 M J d_in d_out FLOPs; W, A and B read once, M
+    copies written."""
     size = d_in * d_out
     moved = weight_itemsize * size + itemsize * (candidates * size + columns * (d_in + d_out))
     return Work(2.0 * candidates * columns * size, moved)
@@ -204,8 +204,8 @@ class Layer:
         return self.dense(rows) + added
 
     def extra_steps(self, rows: int) -> list[Work]:
-        """A GEMM that reads X and Z from two places as more steps of its reduction, after a shrink that writes
-        Z only (with a norm: the producer that writes X anyway)."""
+        """A GEMM that reads X and Z from two places as more steps of its reduction, after a shrink that
+        writes Z only (with a norm: the producer that writes X anyway)."""
         columns = self.columns * len(self.d_outs)
         first = (norm_shrink_gate if self.normed else shrink)(rows, self.d_in, columns)
         return [first, *(dense(rows, self.d_in + self.columns, d_out) for d_out in self.d_outs)]
@@ -219,7 +219,7 @@ class Layer:
         return ceilings.seconds([dense(rows, self.d_in, d_out) for d_out in self.d_outs])
 
     def overhead(self, ceilings: Ceilings, path: Sequence[Work], rows: int) -> float:
-        """Time of a path over R rows beyond that of the layers without adapters, as a share of their GEMMs."""
+        """Time of a path over R rows beyond that of the layers without adapters, over that of their GEMMs."""
         beyond = ceilings.seconds(path) - ceilings.seconds(self.dense(rows))
         return beyond / self.gemm_seconds(ceilings, rows)
 

@@ -44,7 +44,7 @@ def test_a_kernel_takes_the_longer_of_both_and_its_launch() -> None:
 
 def test_counts_of_small_operations() -> None:
     """Worked out on paper."""
-    # W 3 x 2 in float32 (24 bytes), 5 copies of 6 elements in 16 bits (60), A and B: 4 * (2 + 3) elements (40)
+    # W 3 x 2 in float32 (24 bytes), 5 copies of 6 elements in 16 bits (60), A and B 4 * (2 + 3) (40)
     assert merge(5, 2, 3, 4, weight_itemsize=4) == Work(2 * 5 * 4 * 6, 24 + 60 + 40)
     # 2 rows, d 3, V 5: 60 FLOPs; (2 + 5) * 3 elements and 2 float32 losses; logits are 10 elements
     assert linear_cross_entropy(2, 3, 5) == [Work(60.0, 42 + 8)]
@@ -116,8 +116,8 @@ def test_a_gemm_with_extra_steps_must_come_near_the_library(width: int, expected
 
 @pytest.mark.parametrize(("width", "expected"), [*zip(WIDTHS, (2075, 5732, 11_605), strict=True)])
 def test_crossover(width: int, expected: int) -> None:
-    """367.44 / (J / d + 183.72 J / d^2) = 1,779, 5,395 and 11,253 tokens; merging that reads A and B once more
-    moves 1 + J / d times as much."""
+    """367.44 / (J / d + 183.72 J / d^2) = 1,779, 5,395 and 11,253 tokens; with reading A and B, merging moves
+    1 + J / d times as much."""
     found = crossover(H200, [square(width)], ROWS)
     bare = 2 * H200.ridge / (128 / width + H200.ridge * 128 / width**2)
     assert found == pytest.approx(bare * (1 + 128 / width), rel=1e-3)

@@ -1,0 +1,1 @@
+"""Parts of benchmarks/gpu_kernels.py: how things are timed, what is measured, and the table."""
