@@ -34,6 +34,11 @@ class FlopCounts:
     def lowrank_candidate(self, num_adapters: int) -> float:
         return self.forward + num_adapters * self.lora_per_adapter
 
+    def candidate_gradients(self, num_adapters: int) -> float:
+        """A candidate's loss with its gradient to the coefficients: a backward pass to activations costs a
+        forward pass, and the adapters' three of theirs."""
+        return 2.0 * self.forward + 3.0 * num_adapters * self.lora_per_adapter
+
 
 def count_flops(model: PreTrainedModel, sequence_length: int, lora_rank: int = 0) -> FlopCounts:
     """Counts for a plain model (no adapters injected)."""

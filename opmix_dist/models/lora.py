@@ -15,81 +15,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum, auto
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from opmix_dist.errors import UserError
+from opmix_dist.models.compute import Compute
+from opmix_dist.models.computing import computed
+from opmix_dist.models.joint_linear import JointLoRALinear
+from opmix_dist.models.products import AdapterState, Mode, Products
 
 ADAPTER_FILE = "adapter_model.safetensors"
-
-
-class Mode(Enum):
-    OFF = auto()
-    TRAIN = auto()
-    SIMULATE = auto()
-
-
-class JointLoRALinear(nn.Module):
-    """A frozen linear layer with K adapters: A [K, r, d_in], B [K, d_out, r], float32 or the base's dtype.
-
-    Rows come as [b, T, d_in], or one behind the other as [1, b * T, d_in] for flash attention's sake.
-    """
-
-    def __init__(self, base: nn.Linear, num_adapters: int, rank: int, owner: JointAdapters) -> None:
-        super().__init__()
-        dtype = torch.promote_types(base.weight.dtype, torch.float32)
-        self.base = base
-        self.A = nn.Parameter(base.weight.new_zeros(num_adapters, rank, base.in_features, dtype=dtype))
-        self.B = nn.Parameter(base.weight.new_zeros(num_adapters, base.out_features, rank, dtype=dtype))
-        self._owner = (owner,)  # in a tuple, so that it is not registered as a submodule
-
-    def forward(self, x: Tensor) -> Tensor:
-        owner = self._owner[0]
-        y = self.base(x)
-        if owner.mode is Mode.TRAIN:
-            return self._joint(x, y, owner)
-        if owner.mode is Mode.SIMULATE:
-            return self._simulated(x, y, owner)
-        return y
-
-    def _joint(self, x: Tensor, y: Tensor, owner: JointAdapters) -> Tensor:
-        """x [K * b, T, d_in] and W x, K equal groups of rows: two batched products, the sum in the second."""
-        groups = len(self.A)
-        grouped = x.reshape(groups, -1, x.shape[-1]).to(self.A.dtype)  # [K, b * T, d_in]
-        low = owner.scale * torch.bmm(owner.drop(grouped), self.A.mT)  # [K, b * T, r]
-        wide = torch.baddbmm(y.reshape(groups, -1, y.shape[-1]).to(low.dtype), low, self.B.mT)
-        return wide.view(y.shape).to(y.dtype)
-
-    def _simulated(self, x: Tensor, y: Tensor, owner: JointAdapters) -> Tensor:
-        """x [M * b, T, d_in] and W x, M equal groups of rows, one for each row of the coefficients [M, K].
-
-        Coefficients may require gradients; the adapters are constants here, so that their gradients' inputs
-        are not kept.
-        """
-        gates = owner.coefficients
-        assert gates is not None
-        A, B = self.A.detach(), self.B.detach()
-        low = F.linear(x.to(A.dtype), A.flatten(0, 1))  # [M * b, T, K * r]
-        low = low.view(len(gates), -1, low.shape[-1]) * self._gate_columns(gates, A.shape[1], owner.scale)
-        stacked = B.transpose(0, 1).reshape(B.shape[1], -1)  # [d_out, K * r]
-        flat = y.reshape(-1, y.shape[-1]).to(low.dtype)
-        return torch.addmm(flat, low.reshape(len(flat), -1), stacked.T).view(y.shape).to(y.dtype)
-
-    @staticmethod
-    def _gate_columns(gates: Tensor, rank: int, scale: float) -> Tensor:
-        """[M, K] to s * u_mk in each of adapter k's r columns, [M, 1, K * r]."""
-        return (scale * gates).repeat_interleave(rank, dim=1)[:, None, :]
-
-    def delta(self, u: Tensor) -> Tensor:
-        """sum_c u_c B_c A_c (without the scale), u [K] to [d_out, d_in]."""
-        return torch.einsum("k,kor,kri->oi", u.to(self.B), self.B, self.A)
 
 
 def require_adaptable(model: PreTrainedModel) -> None:
@@ -128,8 +68,10 @@ class JointAdapters:
         assert len(names) == len(seeds)
         self.model, self.names = model, tuple(names)
         self.rank, self.alpha, self.scale, self.dropout = rank, alpha, alpha / rank, dropout
-        self.mode = Mode.OFF
-        self.coefficients: Tensor | None = None
+        self.seeds = tuple(seeds)
+        self.dropout_step = 0
+        self.state = AdapterState(self.scale, self.drop)
+        self.products = Products(self.state)
         model.requires_grad_(False)
         self.layers = self._inject()
         self._initialise(seeds)
@@ -144,9 +86,12 @@ class JointAdapters:
         layers = {}
         for name, linear in found:
             parent, _, leaf = name.rpartition(".")
-            layers[name] = JointLoRALinear(linear, len(self.names), self.rank, self)
+            layers[name] = JointLoRALinear(linear, len(self.names), self.rank, self._forward)
             setattr(self.model.get_submodule(parent), leaf, layers[name])
         return layers
+
+    def _forward(self, layer: JointLoRALinear, x: Tensor) -> Tensor:
+        return self.products(layer, x)
 
     def _initialise(self, seeds: Sequence[int]) -> None:
         """A as in PEFT (Kaiming uniform with a = sqrt 5), B zero: the model starts unchanged."""
@@ -182,10 +127,34 @@ class JointAdapters:
         return norms
 
     @contextmanager
+    def computing(self, compute: Compute) -> Iterator[None]:
+        """Inside, the model computes as ``compute`` says; the default is how it computes without this.
+
+        In 16 bits products have operands in ``compute.dtype``, and the residual stream and the logits are
+        float32; the base's weights stay as they are. Copies of them live until the end.
+
+        Raises:
+            UserError: kernels cannot run where the model is.
+        """
+        assert type(self.products) is Products, "one way to compute at a time"
+        before = self.products
+        try:
+            with computed(self, compute) as self.products:
+                yield
+        finally:
+            self.products = before
+
+    @contextmanager
     def training(self) -> Iterator[None]:
-        """Rows are grouped by adapter: the batch is [K * b, T]."""
-        with self._switched(Mode.TRAIN, None):
-            yield
+        """Rows are grouped by adapter: the batch is [K * b, T].
+
+        Kernels draw dropout masks by ``dropout_step``, which is to be another one at every step.
+        """
+        try:
+            with self._switched(Mode.TRAIN, None):
+                yield
+        finally:
+            self.products.adapters_changed()
 
     @contextmanager
     def simulating(self, coefficients: Tensor) -> Iterator[None]:
@@ -198,25 +167,22 @@ class JointAdapters:
 
     @contextmanager
     def merged(self, u: Tensor) -> Iterator[None]:
-        """The base's weights are W + s * sum_c u_c B_c A_c inside (u [K]), and exactly W again after."""
-        kept = {name: layer.base.weight.data for name, layer in self.layers.items()}
-        try:
-            for layer in self.layers.values():
-                weight = layer.base.weight
-                weight.data = (weight.data + self.scale * layer.delta(u)).to(weight.dtype)
+        """The layers' weights are W + s * sum_c u_c B_c A_c inside (u [K]), and exactly W again after."""
+        self.products.end_pass()
+        with self.products.merged(list(self.layers.values()), u):
             yield
-        finally:
-            for name, layer in self.layers.items():
-                layer.base.weight.data = kept[name]
 
     @contextmanager
     def _switched(self, mode: Mode, coefficients: Tensor | None) -> Iterator[None]:
-        before = self.mode, self.coefficients
-        self.mode, self.coefficients = mode, coefficients
+        state = self.state
+        before = state.mode, state.coefficients
+        self.products.end_pass()
+        state.mode, state.coefficients = mode, coefficients
         try:
             yield
         finally:
-            self.mode, self.coefficients = before
+            state.mode, state.coefficients = before
+            self.products.end_pass()
 
     def remove(self) -> PreTrainedModel:
         """Put the plain linear layers back."""
@@ -252,3 +218,4 @@ class JointAdapters:
                 if key not in tensors or tensors[key].shape != stacked.shape[1:]:
                     raise UserError(f"{folder / ADAPTER_FILE} does not fit this model at {key}")
                 stacked.data[index].copy_(tensors[key])
+        self.products.adapters_changed()

@@ -8,6 +8,7 @@ numbers of them, down to none, so both parts are kept until all that belongs tog
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opmix_dist.data.batch import TokenBatch
+from opmix_dist.models.heads import HiddenLosses, fused_head
 
 _NO_TARGET = -100
 """What cross_entropy passes over."""
@@ -29,8 +31,11 @@ def sample_losses(model: nn.Module, batch: TokenBatch) -> Tensor:
     Returns:
         [B] float32, or float64 of a model in float64.
     """
-    logits = _logits(model, batch)[:, :-1]  # of tokens 1 to T-1
     targets = torch.where(batch.loss_mask, batch.tokens, _NO_TARGET)[:, 1:]
+    fused = fused_head(model)
+    if fused is not None:
+        return _fused_losses(*fused, batch, targets)
+    logits = _run(model, batch).logits.view(*batch.tokens.shape, -1)[:, :-1]  # of tokens 1 to T-1
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(
         precise.flatten(0, 1), targets.flatten(), ignore_index=_NO_TARGET, reduction="none"
@@ -38,17 +43,24 @@ def sample_losses(model: nn.Module, batch: TokenBatch) -> Tensor:
     return losses.view(targets.shape).sum(dim=1)
 
 
-def _logits(model: nn.Module, batch: TokenBatch) -> Tensor:
-    """[B, T, V]."""
+def _fused_losses(backbone: nn.Module, losses: HiddenLosses, batch: TokenBatch, targets: Tensor) -> Tensor:
+    hidden = _run(backbone, batch).last_hidden_state.view(*batch.tokens.shape, -1)
+    # the last token predicts nothing: a target that is none costs less than a copy without its row
+    padded = F.pad(targets, (0, 1), value=_NO_TARGET)
+    return losses(hidden, padded).sum(dim=1)
+
+
+def _run(module: nn.Module, batch: TokenBatch) -> Any:
+    """Output of a model, or of its part without the head; rows are [B, T], or [1, B * T] for flash
+    attention."""
     tokens, positions = batch.tokens, batch.position_ids
     if positions is None:
-        return model(input_ids=tokens, use_cache=False).logits
-    if uses_flash_attention(model):
+        return module(input_ids=tokens, use_cache=False)
+    if uses_flash_attention(module):
         # its variable-length kernels, which know documents, are called for a single row only
         tokens, positions = tokens.view(1, -1), positions.view(1, -1)
     # an attention mask, even of ones, or a cache would keep transformers from looking for documents in them
-    found = model(input_ids=tokens, position_ids=positions, attention_mask=None, use_cache=False).logits
-    return found.view(*batch.tokens.shape, -1)
+    return module(input_ids=tokens, position_ids=positions, attention_mask=None, use_cache=False)
 
 
 def uses_flash_attention(model: nn.Module) -> bool:

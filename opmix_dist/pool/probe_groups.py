@@ -18,6 +18,7 @@ from opmix_dist.distributed import World
 from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import SearchDir
 from opmix_dist.exchange.schemas import SearchRequest
+from opmix_dist.models.compute import Compute
 from opmix_dist.models.lora import JointAdapters
 from opmix_dist.pool.probes import save_probe, train_probes
 from opmix_dist.seeds import derive_seed
@@ -66,7 +67,6 @@ class ProbeGroups:
 
     def _train_group(self, model: PreTrainedModel, names: list[str], on_step: Callable[[int], None]) -> None:
         start = time.perf_counter()
-        dtype = self.config.engine.param_dtype
         adapters, curves = train_probes(
             model,
             {name: self._batches(name) for name in names},
@@ -75,7 +75,7 @@ class ProbeGroups:
             betas=self.config.optimizer.betas,
             seeds={name: derive_seed(self.request.seed, "probe", name) for name in names},
             on_step=on_step,
-            autocast_dtype=None if dtype == "float32" else getattr(torch, dtype),
+            compute=Compute(getattr(torch, self.config.engine.param_dtype)),
         )
         seconds = time.perf_counter() - start
         for name in names:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import CURVE_FILE
+from opmix_dist.models.compute import FLOAT32, Compute
 from opmix_dist.models.lora import JointAdapters
 from opmix_dist.models.loss import sample_losses
 from opmix_dist.pool.errors import SearchError
@@ -30,7 +31,7 @@ def train_probes(
     betas: tuple[float, float],
     seeds: Mapping[str, int],
     on_step: Callable[[int], None] = lambda step: None,
-    autocast_dtype: torch.dtype | None = None,
+    compute: Compute = FLOAT32,
 ) -> tuple[JointAdapters, dict[str, list[float]]]:
     """Train one adapter per entry of ``batches``, each as if it were alone.
 
@@ -42,13 +43,14 @@ def train_probes(
         batches: component to an endless iterator of b samples of T tokens, the same b and T for all.
         base_lr: the trainer's base learning rate; probes use ``lr_multiplier`` times it, constant.
         seeds: component to the seed of its initial A and its dropout.
-        autocast_dtype: dtype of the matrix products; None computes in float32.
+        compute: dtype of the matrix products, by autocast in plain torch, and whether Triton kernels do them.
 
     Returns:
         The adapters, injected in ``model``, and each component's training loss per step (nats per token).
 
     Raises:
         SearchError: naming the probe and the step whose loss is NaN or inf, or whose samples have no target.
+        UserError: kernels cannot run where the model is.
     """
     names = list(batches)
     adapters = JointAdapters(
@@ -68,14 +70,14 @@ def train_probes(
     device = next(model.parameters()).device
     curves: dict[str, list[float]] = {name: [] for name in names}
     model.train()
-    with adapters.training():
+    with adapters.computing(compute) if compute.kernels else nullcontext(), adapters.training():
         for step in range(config.steps):
+            adapters.dropout_step = step
             # a base with dropout of its own draws from the global generator: repeatable, and restored after
             torch.manual_seed(derive_seed(seeds[names[0]], "base dropout", step))
             batch = TokenBatch.cat([next(batches[name]) for name in names])  # K * b samples
             targets = _targets(batch, names, step).to(device)
-            compute = torch.autocast(device.type, autocast_dtype) if autocast_dtype else nullcontext()
-            with compute:
+            with _forward_arithmetic(compute, device):
                 sums = sample_losses(model, batch.to(device))  # [K * b]
             means = sums.view(len(names), -1).sum(dim=1) / targets  # [K]
             means.sum().backward()
@@ -86,6 +88,13 @@ def train_probes(
             optimizer.zero_grad(set_to_none=True)
             on_step(step + 1)
     return adapters, curves
+
+
+def _forward_arithmetic(compute: Compute, device: torch.device) -> AbstractContextManager[object]:
+    """Autocast for plain torch in 16 bits. Where kernels compute, the model is set up for it as a whole."""
+    if compute.kernels or compute.dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, compute.dtype)
 
 
 def _targets(batch: TokenBatch, names: list[str], step: int) -> Tensor:

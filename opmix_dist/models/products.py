@@ -1,0 +1,192 @@
+"""How adapted layers multiply: in the model's own dtype, or in 16 bits with copies of the frozen weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from opmix_dist.models.joint_linear import JointLoRALinear, add_joint, add_simulated
+
+
+class Mode(Enum):
+    OFF = auto()
+    TRAIN = auto()
+    SIMULATE = auto()
+
+
+@dataclass
+class AdapterState:
+    """What all adapted layers of a model are asked to do now."""
+
+    scale: float
+    drop: Callable[[Tensor], Tensor]
+    """Of [K, rows, d], each group with its adapter's own generator."""
+    mode: Mode = Mode.OFF
+    coefficients: Tensor | None = None
+    """[M, K] while simulating."""
+
+    @property
+    def gates(self) -> Tensor:
+        assert self.coefficients is not None
+        return self.coefficients
+
+
+class Products:
+    """In the dtype of the base's weights."""
+
+    def __init__(self, state: AdapterState) -> None:
+        self.state = state
+
+    def __call__(self, layer: JointLoRALinear, x: Tensor) -> Tensor:
+        state, y = self.state, layer.base(x)
+        if state.mode is Mode.TRAIN:
+            return add_joint(y, x, layer.A, layer.B, state.scale, state.drop)
+        if state.mode is Mode.SIMULATE:
+            # the adapters are constants here, so that their gradients' inputs are not kept
+            A, B = layer.A.detach(), layer.B.detach()
+            return add_simulated(y, x, A, B, state.scale, state.gates)
+        return y
+
+    @contextmanager
+    def merged(self, layers: Sequence[JointLoRALinear], u: Tensor) -> Iterator[None]:
+        """The base's weights are W + s * sum_c u_c B_c A_c inside (u [K]), and exactly W again after."""
+        kept = [layer.base.weight.data for layer in layers]
+        try:
+            for layer in layers:
+                weight = layer.base.weight
+                weight.data = (weight.data + self.state.scale * layer.delta(u)).to(weight.dtype)
+            yield
+        finally:
+            for layer, data in zip(layers, kept, strict=True):
+                layer.base.weight.data = data
+
+    def end_pass(self) -> None:
+        """Drop what an earlier pass, perhaps with other gates, has left."""
+
+    def adapters_changed(self) -> None:
+        """Drop what was derived from the adapters' values."""
+
+
+class SharedInput:
+    """What layers that read the same tensor make of it once, without gradients.
+
+    A reader is known by the identity of its input. Nothing stays when all have read.
+    """
+
+    def __init__(self, readers: int) -> None:
+        self.readers = readers
+        self.clear()
+
+    def put(self, x: Tensor, made: Tensor) -> None:
+        self._x: Tensor | None = x
+        self._made: Tensor | None = made
+        self._left = self.readers
+
+    def take(self, x: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """What was put for this very tensor, or else what ``make`` gives."""
+        if self._x is not x or self._made is None:
+            self.put(x, make(x))
+        made = self._made
+        assert made is not None
+        self._left -= 1
+        if self._left == 0:
+            self.clear()
+        return made
+
+    def clear(self) -> None:
+        self._x = self._made = None
+        self._left = 0
+
+
+@dataclass
+class Readers:
+    """Adapted layers that read one tensor, in order; most are alone."""
+
+    layers: Sequence[JointLoRALinear]
+    shared: SharedInput = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.shared = SharedInput(len(self.layers))
+
+
+class CastProducts(Products):
+    """In ``dtype``, whatever the dtype of the residual stream that is read and of the base's weights.
+
+    Weights are copied once, when they are first needed. The model's own are left alone, and so a merged
+    weight is rounded once, from float32.
+    """
+
+    def __init__(self, state: AdapterState, dtype: torch.dtype, readers: Sequence[Readers]) -> None:
+        super().__init__(state)
+        self.dtype = dtype
+        self.readers = {layer: group for group in readers for layer in group.layers}
+        self._copies: dict[JointLoRALinear, tuple[Tensor, Tensor | None]] = {}
+        self._merged: dict[JointLoRALinear, Tensor] = {}
+        self._is_merged = False
+
+    def __call__(self, layer: JointLoRALinear, x: Tensor) -> Tensor:
+        if self.state.mode is Mode.TRAIN:
+            return self.joint(layer, self.cast(layer, x))
+        if self.state.mode is Mode.SIMULATE:
+            return self.simulated(layer, x)
+        weight = self._merged[layer] if self._is_merged else self.weight(layer)
+        return F.linear(self.cast(layer, x), weight, self.bias(layer))
+
+    def joint(self, layer: JointLoRALinear, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight(layer), self.bias(layer))
+        A, B = layer.A.to(self.dtype), layer.B.to(self.dtype)
+        return add_joint(y, x, A, B, self.state.scale, self.state.drop)
+
+    def simulated(self, layer: JointLoRALinear, x: Tensor) -> Tensor:
+        x = self.cast(layer, x)
+        y = F.linear(x, self.weight(layer), self.bias(layer))
+        A, B = layer.A.detach().to(self.dtype), layer.B.detach().to(self.dtype)
+        return add_simulated(y, x, A, B, self.state.scale, self.state.gates)
+
+    def cast(self, layer: JointLoRALinear, x: Tensor) -> Tensor:
+        """x in the compute dtype; one copy for all that read it, unless each hands back a gradient: those
+        are then summed in x's own dtype."""
+        if x.dtype == self.dtype or x.requires_grad:
+            return x.to(self.dtype)
+        return self.readers[layer].shared.take(x, lambda x: x.to(self.dtype))
+
+    def weight(self, layer: JointLoRALinear) -> Tensor:
+        return self._copy(layer)[0]
+
+    def bias(self, layer: JointLoRALinear) -> Tensor | None:
+        return self._copy(layer)[1]
+
+    def _copy(self, layer: JointLoRALinear) -> tuple[Tensor, Tensor | None]:
+        if layer not in self._copies:
+            weight, bias = layer.base.weight.detach(), layer.base.bias
+            copied = None if bias is None else bias.detach().to(self.dtype)
+            self._copies[layer] = weight.to(self.dtype), copied
+        return self._copies[layer]
+
+    @contextmanager
+    def merged(self, layers: Sequence[JointLoRALinear], u: Tensor) -> Iterator[None]:
+        """As :meth:`Products.merged`, in buffers that stay for the next candidate."""
+        for layer in layers:
+            if layer not in self._merged:
+                self._merged[layer] = torch.empty_like(layer.base.weight, dtype=self.dtype)
+            self.merge(layer, u, self._merged[layer])
+        self._is_merged = True
+        try:
+            yield
+        finally:
+            self._is_merged = False
+
+    @torch.no_grad()
+    def merge(self, layer: JointLoRALinear, u: Tensor, out: Tensor) -> None:
+        """out [d_out, d_in] = W + s * sum_c u_c B_c A_c."""
+        out.copy_(layer.base.weight + self.state.scale * layer.delta(u))
+
+    def end_pass(self) -> None:
+        for group in self.readers.values():
+            group.shared.clear()
