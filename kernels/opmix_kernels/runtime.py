@@ -100,7 +100,7 @@ class Kernel:
         """
         if self.forced is not None:
             return self.forced
-        architecture = _recording.architecture if _recording else architecture_of(like.device)
+        architecture = architecture_of(like.device)
         choices = self.choices(architecture, like.element_size())
         chosen = _tuned().get(f"{self.name} {architecture} {like.element_size()} {key}")
         return choices[0] if chosen is None else choices[chosen]
@@ -175,11 +175,13 @@ def recording(architecture: str) -> Iterator[Recording]:
 
 
 def architecture_of(device: torch.device) -> str:
-    """The architecture whose configurations suit this device.
+    """The architecture whose configurations suit this device, or the one that is being recorded for.
 
     Raises:
         RuntimeError: naming the device that nothing is shipped for.
     """
+    if _recording is not None:
+        return _recording.architecture
     if INTERPRETED.value:
         return "sm_80"
     return _architecture(device.index if device.index is not None else torch.cuda.current_device())
