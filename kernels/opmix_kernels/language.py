@@ -1,8 +1,8 @@
 """What every kernel does the same way: products, rounding, and going around Triton's interpreter in bfloat16.
 
 The interpreter stores bfloat16 as 16-bit integers and, in some versions, multiplies, adds and compares their
-bit patterns without an error; its casts truncate. So kernels load as float32 (``.to(tl.float32)``), multiply
-matrices through :func:`dot`, and round through :func:`rounded` only.
+bit patterns without an error; its casts truncate, and turn 0 into 1e-38. So kernels load as float32
+(``.to(tl.float32)``), multiply matrices through :func:`dot`, and round through :func:`rounded` only.
 """
 
 import triton
@@ -24,11 +24,12 @@ def dot(a, b, acc):
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
     """float32 x in ``dtype``, rounded to nearest, ties to even."""
-    if INTERPRETED and dtype == tl.bfloat16:  # so that the interpreter's truncation gives the nearest
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter's cast truncates, and makes 1e-38 of 0
         bits = x.to(tl.uint32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
+        nearest = bits + 0x7FFF + ((bits >> 16) & 1)
         # NaN must not become infinity by the carry
-        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+        bits = tl.where(x == x, nearest, bits | 0x400000)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return x.to(dtype)
 
 
