@@ -16,6 +16,8 @@ from opmix_dist.settings import Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Rise = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Confidence = Annotated[float, Field(gt=0.5, lt=1)]
 
 
 class ProbeConfig(Section):
@@ -44,10 +46,24 @@ class CandidateConfig(Section):
     samples_per_domain: int = Field(
         64, ge=1, description="held-out samples per domain; never the reported ones"
     )
-    batch_size: int = Field(16, ge=1, description="samples per forward pass and candidate")
-    joint: int = Field(4, ge=1, description="candidates per forward pass (low-rank path)")
+    batch_size: Count | Literal["auto"] = Field(
+        "auto", description="samples per forward pass and candidate; auto: as many as fit in memory and help"
+    )
+    joint: Count | Literal["auto"] = Field("auto", description="candidates per forward pass (low-rank path)")
     method: Literal["auto", "lowrank", "merge"] = Field(
-        "auto", description="add low-rank terms per candidate, or merge deltas in memory; auto counts FLOPs"
+        "auto",
+        description="add low-rank terms per candidate, or merge deltas in memory; auto measures once per "
+        "shape on a GPU, and counts FLOPs elsewhere",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="of the matrix products of simulated models; auto: engine.param_dtype on a GPU, else "
+        "float32",
+    )
+    early_stop: Confidence | None = Field(
+        None,
+        description="stop evaluating a candidate that is worse than staying with this confidence; null: "
+        "every candidate sees all samples",
     )
 
 
@@ -121,12 +137,22 @@ class SearchConfig(Section):
         "law", description="laws fitted to candidates (paper), or descent along exact gradients without laws"
     )
     gradients: bool = Field(False, description="fit the laws to exact gradients of the candidates too")
+    kernels: Literal["auto", "triton", "torch"] = Field(
+        "auto",
+        description="what simulated models and probes compute with; auto: Triton kernels on a GPU that they "
+        "are made for, else plain torch",
+    )
     probes: ProbeConfig = ProbeConfig()
     candidates: CandidateConfig = CandidateConfig()
     law: LawConfig = LawConfig()
     refinement: RefinementConfig = RefinementConfig()
     gradient: GradientConfig = GradientConfig()
     proposal: ProposalConfig = ProposalConfig()
+
+    @property
+    def wants_gradients(self) -> bool:
+        """Whether candidates are asked for with gradients."""
+        return self.gradients or self.method == "gradient"
 
     def check_domains(self, names: Sequence[str], where: str) -> None:
         """Refuse settings by domain that do not fit the domains of ``where``.

@@ -44,6 +44,10 @@ class TokenBatch:
     def to(self, device: torch.device) -> TokenBatch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def pinned(self) -> TokenBatch:
+        """A copy in memory that a GPU can read without the host's help."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
     def repeat(self, times: int) -> TokenBatch:
         """All samples, ``times`` over: [times * B, T]."""
         return self._each(lambda tensor: tensor.repeat(times, 1))

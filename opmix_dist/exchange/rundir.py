@@ -65,6 +65,7 @@ class SearchDir:
         self.fit_file = path / "fit.json"
         self.candidates_file = path / "candidates.parquet"
         self.evaluations = path / "evaluations"
+        self.plan_file = path / "evaluation.json"
 
     def request(self) -> SearchRequest:
         return read_record(self.request_file, SearchRequest)

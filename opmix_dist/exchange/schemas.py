@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -98,6 +98,23 @@ class SearchRequest(Record):
         if len({*self.domains}) != columns or len({*self.components}) != rows:
             raise ValueError("components and domains must not repeat")
         return self
+
+
+class EvaluationPlan(Record):
+    """evaluation.json: how the candidates of a search are evaluated. Each of these changes last digits, so
+    they are decided once, and a search that goes on keeps to them."""
+
+    method: Literal["lowrank", "merge"]
+    joint: int = Field(ge=1)
+    """Candidates in a pass; 1 where their deltas are merged."""
+    batch_size: int = Field(ge=1)
+    """Samples in a pass, of each candidate."""
+    gradient_batch_size: int | None = Field(None, ge=1)
+    """Samples in a pass that takes gradients; None as long as none are asked for."""
+    dtype: Literal["float32", "bfloat16"]
+    kernels: bool
+    decided_for: dict[str, str | int]
+    """Settings, device and sizes; for others it is decided anew."""
 
 
 class PhaseCost(Record):

@@ -2,14 +2,16 @@
 
 The contract: a base model, adapters, coefficients U [M, C] and held-out tokens of D domains give losses
 [M, D], and on request their exact gradients [M, D, C]. Every candidate sees the same tokens, so differences
-between candidates are paired.
+between candidates are paired. The tokens stream in micro-batches; results stay on the device until a group of
+candidates is done, or looked at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,9 +20,21 @@ from torch import Tensor
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.models.flops import FlopCounts
 from opmix_dist.models.lora import JointAdapters
-from opmix_dist.models.loss import DomainLosses, losses_by_domain, sample_loss_sums, sample_losses
+from opmix_dist.models.loss import DomainLosses, losses_by_domain, sample_losses
+from opmix_dist.pool.stream import parts_on
 
 Method = Literal["lowrank", "merge"]
+Progress = Callable[[int], None]
+"""Told how many samples, each counted once for every candidate, were done or need no more be done."""
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """sums: of the losses of each sample's targets [M, N] float64, nats; 0 of samples that a candidate was
+    stopped before. seen: [M, N] bool, the samples that a candidate was evaluated on."""
+
+    sums: np.ndarray
+    seen: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,16 @@ class SimulatedGradients:
     losses: DomainLosses
     gradients: np.ndarray
     sums: np.ndarray
+
+
+class Stopping(Protocol):
+    """Which candidates need no more samples."""
+
+    def looks(self, batch_size: int) -> Sequence[int]:
+        """Numbers of samples after which ``keeps`` is to be asked, ascending multiples of ``batch_size``."""
+
+    def keeps(self, sums: np.ndarray, seen: np.ndarray, num_looks: int) -> np.ndarray:
+        """Which candidates go on [m] bool, of sums and seen [m, N]."""
 
 
 def cheaper_method(flops: FlopCounts, num_adapters: int, tokens: int) -> Method:
@@ -54,14 +78,14 @@ def evaluate_candidates(
     method: Method,
     batch_size: int,
     joint: int = 1,
-    on_progress: Callable[[], None] = lambda: None,
+    on_progress: Progress = lambda samples: None,
 ) -> DomainLosses:
     """Losses [M, D] of the simulated models; arguments as of :func:`simulate_sums`.
 
     Args:
         domain_ids: domain of each of the N held-out samples [N].
     """
-    sums = simulate_sums(
+    found = simulate_sums(
         adapters,
         coefficients,
         heldout,
@@ -70,7 +94,7 @@ def evaluate_candidates(
         joint=joint,
         on_progress=on_progress,
     )
-    return losses_by_domain(sums, heldout.targets.numpy(), domain_ids.numpy(), num_domains)
+    return losses_by_domain(found.sums, heldout.targets.numpy(), domain_ids.numpy(), num_domains)
 
 
 @torch.no_grad()
@@ -82,10 +106,11 @@ def simulate_sums(
     method: Method,
     batch_size: int,
     joint: int = 1,
-    on_progress: Callable[[], None] = lambda: None,
-) -> np.ndarray:
-    """Loss of each held-out sample, summed over its targets [M, N] float64, of the simulated models W(u_m) of
-    all rows u_m of ``coefficients``.
+    order: np.ndarray | None = None,
+    stopping: Stopping | None = None,
+    on_progress: Progress = lambda samples: None,
+) -> Simulated:
+    """Losses of each held-out sample, of the simulated models W(u_m) of all rows u_m of ``coefficients``.
 
     Args:
         coefficients: U [M, C]; a row of zeros is the base itself.
@@ -93,52 +118,76 @@ def simulate_sums(
         method: ``lowrank`` adds gated low-rank terms for ``joint`` candidates in one pass; ``merge`` merges
             the full deltas of one candidate after the other, in memory.
         batch_size: samples per forward pass and candidate.
+        order: of the samples in the stream [N]; None: as they lie.
+        stopping: None: every candidate sees all samples. What is stopped leaves its group, so that the shapes
+            of the products change at looks only.
     """
     adapters.model.eval()
     U = torch.as_tensor(coefficients, dtype=torch.float64)
-    run = _lowrank if method == "lowrank" else _merged
-    return run(adapters, U, heldout, batch_size, joint, on_progress).numpy()
+    stream = _Stream(
+        adapters,
+        heldout,
+        np.arange(len(heldout)) if order is None else order,
+        batch_size,
+        stopping,
+        on_progress,
+    )
+    found = list(stream.joint(U, joint) if method == "lowrank" else stream.merged(U))
+    if not found:
+        return Simulated(np.zeros((0, len(heldout))), np.zeros((0, len(heldout)), dtype=bool))
+    return Simulated(np.concatenate([one.sums for one in found]), np.concatenate([one.seen for one in found]))
 
 
-def _merged(
-    adapters: JointAdapters,
-    U: Tensor,
-    heldout: TokenBatch,
-    batch_size: int,
-    joint: int,
-    tick: Callable[[], None],
-) -> Tensor:
-    rows = []
-    for u in U:
-        with adapters.merged(u):
-            rows.append(sample_loss_sums(adapters.model, heldout, batch_size))
-        tick()
-    return torch.stack(rows) if rows else torch.zeros(0, len(heldout), dtype=torch.float64)
+@dataclass(frozen=True)
+class _Stream:
+    """The samples, for one group of candidates after the other."""
 
+    adapters: JointAdapters
+    heldout: TokenBatch
+    order: np.ndarray
+    batch_size: int
+    stopping: Stopping | None
+    tick: Progress
 
-def _lowrank(
-    adapters: JointAdapters,
-    U: Tensor,
-    heldout: TokenBatch,
-    batch_size: int,
-    joint: int,
-    tick: Callable[[], None],
-) -> Tensor:
-    """``joint`` candidates at a time; each part of the samples is there once for every one of them."""
-    sums = torch.zeros(len(U), len(heldout), dtype=torch.float64)
-    device = adapters.parameters()[0].device
-    for first in range(0, len(U), joint):
-        group = U[first : first + joint]
-        with adapters.simulating(group):
-            for start in range(0, len(heldout), batch_size):
-                part = heldout[start : start + batch_size]
-                found = sample_losses(adapters.model, part.to(device).repeat(len(group)))  # [m * b]
-                sums[first : first + joint, start : start + len(part)] = (
-                    found.double().cpu().view(len(group), -1)
-                )
-        for _ in group:
-            tick()
-    return sums
+    def joint(self, U: Tensor, joint: int) -> Iterator[Simulated]:
+        """``joint`` candidates at a time; each part of the samples is there once for every one of them."""
+        for first in range(0, len(U), joint):
+            yield self._group(U[first : first + joint], self.adapters.simulating)
+
+    def merged(self, U: Tensor) -> Iterator[Simulated]:
+        for u in U:
+            with self.adapters.merged(u):
+                yield self._group(u[None], lambda alive: nullcontext())
+
+    def _group(self, U: Tensor, entered: Callable[[Tensor], AbstractContextManager[None]]) -> Simulated:
+        """``entered``: the context that simulates the rows of U that are left."""
+        count = len(self.order)
+        sums, seen = np.zeros((len(U), count)), np.zeros((len(U), count), dtype=bool)
+        looks = list(self.stopping.looks(self.batch_size)) if self.stopping else []
+        alive, start = np.arange(len(U)), 0
+        for end in (*looks, count):
+            rows = self.order[start:end]
+            with entered(U[torch.from_numpy(alive)]):
+                sums[np.ix_(alive, rows)] = self._losses(rows, len(alive)).cpu().numpy()
+            seen[np.ix_(alive, rows)] = True
+            start = end
+            if self.stopping and end < count:
+                keeps = self.stopping.keeps(sums[alive], seen[alive], len(looks))
+                self.tick(int((~keeps).sum()) * (count - end))
+                alive = alive[keeps]
+                if not alive.size:
+                    break
+        return Simulated(sums, seen)
+
+    def _losses(self, rows: np.ndarray, candidates: int) -> Tensor:
+        """[m, n] float64 on the device, of the n samples of ``rows``."""
+        model, device = self.adapters.model, self.adapters.parameters()[0].device
+        found = []
+        for part_rows, part in parts_on(device, self.heldout, rows, self.batch_size):
+            losses = sample_losses(model, part.repeat(candidates))  # [m * b]
+            found.append(losses.double().view(candidates, -1))
+            self.tick(candidates * len(part_rows))
+        return torch.cat(found, dim=1)
 
 
 def simulate_with_gradients(
@@ -149,7 +198,7 @@ def simulate_with_gradients(
     num_domains: int,
     *,
     batch_size: int,
-    on_progress: Callable[[], None] = lambda: None,
+    on_progress: Progress = lambda samples: None,
 ) -> SimulatedGradients:
     """Losses [M, D] as of :func:`evaluate_candidates`, and their exact gradients by back-propagation.
 
@@ -162,26 +211,27 @@ def simulate_with_gradients(
         batch_size: samples per forward and backward pass; a graph holds the activations of this many.
     """
     adapters.model.eval()
+    device = adapters.parameters()[0].device
     U = torch.as_tensor(coefficients, dtype=torch.float64)
-    sums = torch.zeros(len(U), len(heldout), dtype=torch.float64)
-    slopes = torch.zeros(*sums.shape, U.shape[1], dtype=torch.float64)
+    sums = np.zeros((len(U), len(heldout)))
+    slopes = np.zeros((*sums.shape, U.shape[1]))
     for m, u in enumerate(U):
-        for start in range(0, len(heldout), batch_size):
-            part = heldout[start : start + batch_size]
-            rows = slice(start, start + len(part))
-            sums[m, rows], slopes[m, rows] = _differentiated(adapters, u, part)
-        on_progress()
-    losses = losses_by_domain(sums.numpy(), heldout.targets.numpy(), domain_ids.numpy(), num_domains)
+        found = []
+        for rows, part in parts_on(device, heldout, np.arange(len(heldout)), batch_size):
+            found.append(_differentiated(adapters, u.to(device), part))
+            on_progress(len(rows))
+        sums[m] = torch.cat([losses.double() for losses, _ in found]).cpu().numpy()
+        slopes[m] = torch.cat([gradients for _, gradients in found]).cpu().numpy()
+    losses = losses_by_domain(sums, heldout.targets.numpy(), domain_ids.numpy(), num_domains)
     gradients = np.zeros((len(U), num_domains, U.shape[1]))
-    np.add.at(gradients.swapaxes(0, 1), domain_ids.numpy(), slopes.numpy().swapaxes(0, 1))
-    return SimulatedGradients(losses, gradients / np.maximum(losses.targets, 1)[:, None], sums.numpy())
+    np.add.at(gradients.swapaxes(0, 1), domain_ids.numpy(), slopes.swapaxes(0, 1))
+    return SimulatedGradients(losses, gradients / np.maximum(losses.targets, 1)[:, None], sums)
 
 
 def _differentiated(adapters: JointAdapters, u: Tensor, part: TokenBatch) -> tuple[Tensor, Tensor]:
     """Loss sums [b] of the samples under u [C], and the gradient of each with respect to u [b, C]."""
-    device = adapters.parameters()[0].device
     gates = u.expand(len(part), -1).clone().requires_grad_()
     with torch.enable_grad(), adapters.simulating(gates):
-        found = sample_losses(adapters.model, part.to(device))
+        found = sample_losses(adapters.model, part)
         (slopes,) = torch.autograd.grad(found.sum(), gates)
-    return found.detach().cpu(), slopes
+    return found.detach(), slopes

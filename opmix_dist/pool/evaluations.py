@@ -7,10 +7,11 @@ only losses of domains: differences between candidates have paired standard erro
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from opmix_dist.data.loader import EvalSet
 from opmix_dist.distributed import World
 from opmix_dist.exchange import files
 from opmix_dist.models.loss import DomainLosses, losses_by_domain
+from opmix_dist.pool.early_stop import EarlyStop
+from opmix_dist.pool.partial import estimated_losses
 
 log = logging.getLogger(__name__)
 HASHED_BYTES = 1 << 20
@@ -35,6 +38,9 @@ class Evaluations:
 
     sums: of the losses of each sample's targets [M, N], nats; gradients: dL_i / du_k [M, D, K], None where
     they were not asked for; targets, domain_ids: of the samples [N].
+
+    seen: the samples of each candidate [M, N] bool where some were stopped early, None: all samples of all.
+    What a stopped one lacks is taken from ``reference``, sums [N] (:mod:`opmix_dist.pool.partial`).
     """
 
     sums: np.ndarray
@@ -42,31 +48,108 @@ class Evaluations:
     targets: np.ndarray
     domain_ids: np.ndarray
     num_domains: int
+    seen: np.ndarray | None = None
+    reference: np.ndarray | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Evaluations]) -> Evaluations:
+        """Candidates of one search, one behind the other, without gradients."""
+        seen = None
+        if any(part.seen is not None for part in parts):
+            seen = np.concatenate([part.samples_seen for part in parts])
+        references = [part.reference for part in parts if part.reference is not None]
+        return dataclasses.replace(
+            parts[0],
+            sums=np.concatenate([part.sums for part in parts]),
+            gradients=None,
+            seen=seen,
+            reference=references[0] if references else None,
+        )
+
+    @property
+    def samples_seen(self) -> np.ndarray:
+        """[M, N] bool."""
+        return np.full(self.sums.shape, True) if self.seen is None else self.seen
+
+    @property
+    def targets_seen(self) -> np.ndarray:
+        """Targets that each candidate was evaluated on, by domain [M, D] int64."""
+        found = np.zeros((len(self.sums), self.num_domains), dtype=np.int64)
+        np.add.at(found.T, self.domain_ids, np.where(self.samples_seen, self.targets, 0).T)
+        return found
+
+    @property
+    def stopped(self) -> np.ndarray:
+        """Which candidates did not see all samples [M] bool."""
+        return ~self.samples_seen.all(axis=1)
 
     @property
     def losses(self) -> DomainLosses:
         """By domain [M, D]."""
-        return losses_by_domain(self.sums, self.targets, self.domain_ids, self.num_domains)
+        return self._losses(0.0)
+
+    def changes_from(self, base: Evaluations) -> DomainLosses:
+        """Losses minus those of the one candidate ``base`` [M, D], with the errors of such differences: what
+        makes a sample hard for both drops out."""
+        return self._losses(base.sums)
+
+    def _losses(self, less: np.ndarray | float) -> DomainLosses:
+        """Of sums that are lower by ``less`` [1, N]."""
+        found = losses_by_domain(self.sums - less, self.targets, self.domain_ids, self.num_domains)
+        rows = np.flatnonzero(self.stopped)
+        if rows.size:
+            assert self.reference is not None
+            estimated = estimated_losses(
+                (self.sums - less)[rows],
+                self.samples_seen[rows],
+                np.ravel(self.reference - less),
+                self.targets,
+                self.domain_ids,
+                self.num_domains,
+            )
+            found.loss[rows], found.stderr[rows] = estimated.loss, estimated.stderr
+        return found
 
     def resampled(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """Losses [count, M, D] on samples drawn with replacement, as many of each domain as it has with
-        targets; the same samples for all candidates."""
+        targets; the same samples for all candidates. The change of a stopped one from the reference is that
+        on what it saw of the draw, and where that is nothing, on what it saw."""
         found = np.zeros((count, len(self.sums), self.num_domains))
         for d in range(self.num_domains):
             rows = np.flatnonzero((self.domain_ids == d) & (self.targets > 0))
             if rows.size:
                 drawn = rng.multinomial(rows.size, np.full(rows.size, 1 / rows.size), size=count)
-                found[..., d] = drawn @ self.sums[:, rows].T / (drawn @ self.targets[rows])[:, None]
+                found[..., d] = self._drawn(rows, drawn)
         return found
 
-    def changes_from(self, base: Evaluations) -> DomainLosses:
-        """Losses minus those of the one candidate ``base`` [M, D], with the errors of such differences: what
-        makes a sample hard for both drops out."""
-        return losses_by_domain(self.sums - base.sums, self.targets, self.domain_ids, self.num_domains)
+    def _drawn(self, rows: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+        """Losses [count, M] of one domain, of its samples ``rows`` as often as ``drawn`` [count, n] says."""
+        targets = self.targets[rows]
+        totals = (drawn @ targets)[:, None]
+        found = drawn @ self.sums[:, rows].T / totals
+        stopped = np.flatnonzero(self.stopped)
+        if stopped.size:
+            assert self.reference is not None
+            seen, reference = self.samples_seen[np.ix_(stopped, rows)], self.reference[rows]
+            changes = np.where(seen, self.sums[np.ix_(stopped, rows)] - reference, 0.0)
+            weights = np.where((drawn @ seen.T)[..., None] > 0, drawn[:, None], 1)  # [count, m, n]
+            change = (weights * changes).sum(axis=2) / (weights * seen * targets).sum(axis=2)
+            found[:, stopped] = (drawn @ reference)[:, None] / totals + change
+        return found
 
 
-Simulate = Callable[[np.ndarray, bool], tuple[np.ndarray, np.ndarray | None]]
-"""U [m, K] and whether to take gradients, to sums [m, N] and gradients [m, D, K] or None."""
+Measurement = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
+"""Of m candidates: sums [m, N]; seen [m, N] bool, None: all; gradients [m, D, K], None: not asked for."""
+Simulate = Callable[[np.ndarray, bool, EarlyStop | None], Measurement]
+"""U [m, K], whether to take gradients, and which candidates to stop early, to what is measured of them."""
+
+
+@dataclass
+class Work:
+    """What was simulated, by this process or an attempt before it, each candidate once."""
+
+    candidates: int = 0
+    samples: int = 0
 
 
 class Evaluator:
@@ -78,6 +161,7 @@ class Evaluator:
         joint: candidates that are simulated together.
         together: runs what may fail on one rank, and raises on all ranks then.
         simulate: does not communicate.
+        on_progress: told the samples of candidates that were read, and need not be simulated.
     """
 
     def __init__(
@@ -91,85 +175,129 @@ class Evaluator:
         joint: int,
         together: Callable[[Callable[[], None]], None],
         simulate: Simulate,
+        on_progress: Callable[[int], None] = lambda samples: None,
     ) -> None:
         self.world, self.joint, self.together, self.simulate = world, joint, together, simulate
+        self.on_progress = on_progress
         self.targets, self.domain_ids = heldout.batch.targets.numpy(), heldout.domain_ids.numpy()
         self.num_domains = num_domains
         self.files = EvaluationFiles(folder, identity, self.targets)
-        self.counted: set[str] = set()
+        self.asked: set[str] = set()
+        self.counted: set[tuple[str, bool]] = set()
+        self.work = {False: Work(), True: Work()}
+        """Without and with gradients."""
         self.earlier_seconds = 0.0
 
-    def evaluate(self, U: np.ndarray, *, gradients: bool = False) -> Evaluations:
+    def evaluate(
+        self, U: np.ndarray, *, gradients: bool = False, stopping: EarlyStop | None = None
+    ) -> Evaluations:
         """Collective. Measure the rows of U [M, K], or read them where they were measured.
 
         A group of candidates that are simulated together is simulated again as a whole: the shapes of its
         products, and with them the last digits of its losses, do not depend on where an attempt was killed.
+        What this process was asked before is in no group: the asks of a search come in the same order in
+        every attempt.
+
+        Args:
+            stopping: which candidates need not see all samples. Without it they have to: those that were
+                stopped before are simulated again, and both are kept, so that each ask finds its own.
         """
-        per_group = 1 if gradients else max(1, min(self.joint, -(-len(U) // self.world.size)))
-        groups = [range(i, min(i + per_group, len(U))) for i in range(0, len(U), per_group)]
+        groups = self._groups(U, gradients)
         here: dict[int, _Measured] = {}
-        self.together(lambda: here.update(self._read(U, gradients)) if self.world.is_leader else None)
+        self.together(
+            lambda: here.update(self._read(U, gradients, stopping)) if self.world.is_leader else None
+        )
         plan = ",".join(str(i) for i, group in enumerate(groups) if not here.keys() >= set(group))
         text = self.world.share_text(plan if self.world.is_leader else None)  # one view of the file system
         missing = [groups[int(i)] for i in text.split(",") if i]
         for group in missing:
             for row in group:
                 here.pop(row, None)
+        self.on_progress(len(here) * len(self.targets) // self.world.size)
         mine = missing[self.world.rank :: self.world.size]
         self._count_earlier(here.values())
-        self.together(lambda: here.update(self._simulate(U, mine, gradients)))
-        return self._put_together(here, U, gradients)
+        self.together(lambda: here.update(self._simulate(U, mine, gradients, stopping)))
+        self.asked.update(self.files.key(u) for u in U)
+        found = self._put_together(here, U, gradients, stopping)
+        self._count(U, found, stopping)
+        return found
 
-    def new(self, U: np.ndarray) -> int:
-        """How many rows of U were not asked for before by this process: for the ledger, once each."""
-        keys = {self.files.key(u) for u in U} - self.counted
-        self.counted |= keys
-        return len(keys)
+    def _groups(self, U: np.ndarray, gradients: bool) -> list[list[int]]:
+        """Rows that are simulated together."""
+        again = [row for row, u in enumerate(U) if self.files.key(u) in self.asked]
+        fresh = [row for row in range(len(U)) if row not in again]
+        size = 1 if gradients else max(1, min(self.joint, -(-len(fresh) // self.world.size)))
+        return [fresh[i : i + size] for i in range(0, len(fresh), size)] + [[row] for row in again]
 
-    def _read(self, U: np.ndarray, gradients: bool) -> dict[int, _Measured]:
-        found = ((row, self.files.read(u)) for row, u in enumerate(U))
-        return {row: m for row, m in found if m is not None and (not gradients or m.gradients is not None)}
+    def _read(self, U: np.ndarray, gradients: bool, stopping: EarlyStop | None) -> dict[int, _Measured]:
+        found = {row: self.files.read(u, stopping) for row, u in enumerate(U)}
+        return {row: m for row, m in found.items() if m and (not gradients or m.gradients is not None)}
 
     def _count_earlier(self, found: Iterable[_Measured]) -> None:
         """Wall time that earlier attempts spent on what this one reads; on the leader, which reads."""
         for measured in found:
-            if measured.key not in self.counted:
+            if measured.key not in self.asked:
                 self.earlier_seconds += measured.seconds / self.world.size
 
-    def _simulate(self, U: np.ndarray, groups: list[range], gradients: bool) -> dict[int, _Measured]:
+    def _count(self, U: np.ndarray, found: Evaluations, stopping: EarlyStop | None) -> None:
+        """Once each, whichever attempt simulated it; with gradients is another work than without."""
+        gradients = found.gradients is not None
+        for u, seen, stopped in zip(U, found.samples_seen, found.stopped, strict=True):
+            key = self.files.key(u, stopping if stopped else None)
+            if (key, gradients) not in self.counted and (key, True) not in self.counted:
+                self.counted.add((key, gradients))
+                self.work[gradients].candidates += 1
+                self.work[gradients].samples += int(seen.sum())
+
+    def _simulate(
+        self, U: np.ndarray, groups: list[list[int]], gradients: bool, stopping: EarlyStop | None
+    ) -> dict[int, _Measured]:
         found = {}
         for group in groups:
             start = time.perf_counter()
-            sums, slopes = self.simulate(U[list(group)], gradients)
+            sums, seen, slopes = self.simulate(U[group], gradients, stopping)
             seconds = (time.perf_counter() - start) / len(group)
             for i, row in enumerate(group):
-                key = self.files.key(U[row])
-                found[row] = _Measured(key, sums[i], None if slopes is None else slopes[i], seconds)
+                part = None if seen is None or seen[i].all() else seen[i]
+                key = self.files.key(U[row], None if part is None else stopping)
+                found[row] = _Measured(key, sums[i], part, None if slopes is None else slopes[i], seconds)
                 self.files.write(U[row], found[row])
         return found
 
-    def _put_together(self, mine: dict[int, _Measured], U: np.ndarray, gradients: bool) -> Evaluations:
+    def _put_together(
+        self, mine: dict[int, _Measured], U: np.ndarray, gradients: bool, stopping: EarlyStop | None
+    ) -> Evaluations:
         """Collective. Every row lies on exactly one rank; a sum over ranks brings it to all."""
         count, samples = len(U), len(self.targets)
-        width = self.num_domains * U.shape[1] if gradients else 0
-        shared = torch.zeros(count, samples + width, dtype=torch.float64)
+        sums, seen = torch.zeros(2, count, samples, dtype=torch.float64)
+        slopes = torch.zeros(count, self.num_domains, U.shape[1] if gradients else 0, dtype=torch.float64)
         for row, measured in mine.items():
-            shared[row, :samples] = torch.from_numpy(measured.sums)
+            sums[row] = torch.from_numpy(measured.sums)
+            seen[row] = 1.0 if measured.seen is None else torch.from_numpy(measured.seen).double()
             if gradients:
                 assert measured.gradients is not None
-                shared[row, samples:] = torch.from_numpy(measured.gradients).flatten()
-        values = self.world.sum(shared).numpy()
-        sums = values[:, :samples].copy()
-        slopes = values[:, samples:].reshape(count, self.num_domains, U.shape[1]) if gradients else None
-        return Evaluations(sums, slopes, self.targets, self.domain_ids, self.num_domains)
+                slopes[row] = torch.from_numpy(measured.gradients)
+        shared = self.world.sum(torch.cat([sums, seen, slopes.flatten(1)], dim=1)).numpy()
+        everywhere = shared[:, samples : 2 * samples] > 0
+        return Evaluations(
+            shared[:, :samples].copy(),
+            shared[:, 2 * samples :].reshape(slopes.shape) if gradients else None,
+            self.targets,
+            self.domain_ids,
+            self.num_domains,
+            None if everywhere.all() else everywhere,
+            stopping.reference if stopping else None,
+        )
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """One candidate: sums [N] and gradients [D, K] or None; the seconds that it took."""
+    """One candidate: sums [N]; seen [N] bool where it was stopped early; gradients [D, K] or None; the
+    seconds that it took."""
 
     key: str
     sums: np.ndarray
+    seen: np.ndarray | None
     gradients: np.ndarray | None
     seconds: float
 
@@ -181,35 +309,44 @@ class EvaluationFiles:
     def __init__(self, folder: Path, identity: str, targets: np.ndarray) -> None:
         self.folder, self.identity, self.targets = folder, identity, targets.astype(np.int64)
 
-    def key(self, u: np.ndarray) -> str:
-        """Name of a candidate's file."""
-        return hashlib.sha256(self.identity.encode() + _bytes(u)).hexdigest()[:32]
+    def key(self, u: np.ndarray, stopping: EarlyStop | None = None) -> str:
+        """Name of a candidate's file; with ``stopping``, of what is known of it where that stopped it."""
+        rule = stopping.tag if stopping else ""
+        return hashlib.sha256((self.identity + rule).encode() + _bytes(u)).hexdigest()[:32]
 
-    def path(self, u: np.ndarray) -> Path:
-        return self.folder / f"{self.key(u)}.safetensors"
+    def path(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
 
     def write(self, u: np.ndarray, measured: _Measured) -> None:
         content = {"u": np.asarray(u, dtype=np.float64), "sums": measured.sums, "targets": self.targets}
+        if measured.seen is not None:
+            content["seen"] = measured.seen
         if measured.gradients is not None:
             content["gradients"] = measured.gradients
         content["seconds"] = np.array([measured.seconds])
-        content["digest"] = self._digest(content)
-        files.write_bytes(self.path(u), save({name: np.ascontiguousarray(a) for name, a in content.items()}))
+        content["digest"] = self._digest(measured.key, content)
+        plain = {name: np.ascontiguousarray(values) for name, values in content.items()}
+        files.write_bytes(self.path(measured.key), save(plain))
 
-    def read(self, u: np.ndarray) -> _Measured | None:
-        """None where the file is absent, damaged, or another candidate's."""
-        path = self.path(u)
+    def read(self, u: np.ndarray, stopping: EarlyStop | None = None) -> _Measured | None:
+        """What ``stopping`` left of it, or else all of it. None where the files are absent, damaged, or of
+        another candidate."""
+        part = self._read(u, self.key(u, stopping)) if stopping else None
+        return part or self._read(u, self.key(u))
+
+    def _read(self, u: np.ndarray, key: str) -> _Measured | None:
+        path = self.path(key)
         try:
             content = load(path.read_bytes())
             sound = (
                 np.array_equal(content["u"], u)
                 and np.array_equal(content["targets"], self.targets)
                 and content["sums"].shape == self.targets.shape
-                and np.array_equal(content.pop("digest"), self._digest(content))
+                and np.array_equal(content.pop("digest"), self._digest(key, content))
             )
             if sound:
                 seconds = float(content["seconds"][0])
-                return _Measured(self.key(u), content["sums"], content.get("gradients"), seconds)
+                return _Measured(key, content["sums"], content.get("seen"), content.get("gradients"), seconds)
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError, KeyError, ValueError, IndexError):
@@ -217,9 +354,9 @@ class EvaluationFiles:
         log.warning("%s is damaged: that candidate is evaluated again", path)
         return None
 
-    def _digest(self, content: dict[str, np.ndarray]) -> np.ndarray:
-        """SHA-256 of identity and tensors, [32] uint8."""
-        found = hashlib.sha256(self.identity.encode())
+    def _digest(self, key: str, content: dict[str, np.ndarray]) -> np.ndarray:
+        """SHA-256 of the file's name, which stands for the identity, and its tensors, [32] uint8."""
+        found = hashlib.sha256(key.encode())
         for name in sorted(content):
             found.update(name.encode() + _bytes(content[name]))
         return np.frombuffer(found.digest(), dtype=np.uint8)

@@ -143,7 +143,7 @@ def _candidate_rows(outcome: Outcome) -> Iterator[dict[str, object]]:
     """A row per candidate and domain; then the snapshot, which is candidate -1, and the proposal.
 
     ``stderr`` is that of the loss, ``stderr_change`` that of its change from the snapshot, which the laws
-    are weighted by. ``predicted`` is the law's loss, ``left_out`` that of laws fitted to other candidates,
+    are weighted by. ``tokens`` count in the loss; a candidate that was stopped early has fewer of them. ``predicted`` is the law's loss, ``left_out`` that of laws fitted to other candidates,
     ``gradient_*`` its derivatives by the coefficients, where the search took them, ``resampled`` its loss on
     held-out samples drawn with replacement, the same draws in all rows, where error bars were asked for.
     """
@@ -165,6 +165,7 @@ def _candidate_rows(outcome: Outcome) -> Iterator[dict[str, object]]:
         ),
     ):
         losses, changes = measured.losses, measured.changes_from(outcome.base)
+        seen = measured.targets_seen
         for m, u in enumerate(coefficients):
             x = u @ outcome.problem.expanded
             row: dict[str, object] = {"candidate": first + m, "kind": kind}
@@ -176,7 +177,7 @@ def _candidate_rows(outcome: Outcome) -> Iterator[dict[str, object]]:
                     "loss": float(losses.loss[m, d]),
                     "stderr": float(losses.stderr[m, d]),
                     "stderr_change": float(changes.stderr[m, d]),
-                    "tokens": int(losses.targets[d]),
+                    "tokens": int(seen[m, d]),
                     "predicted": _finite(predicted[m, [d]])[0],
                     "left_out": _finite(left_out[m, [d]])[0],
                     **_gradients(outcome, kind, m, d),

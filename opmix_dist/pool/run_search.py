@@ -8,10 +8,9 @@ finished on disk is used again.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -32,11 +31,13 @@ from opmix_dist.ledger import Ledger
 from opmix_dist.models.build import build_model, load_snapshot
 from opmix_dist.models.documents import require_documents_apart
 from opmix_dist.models.flops import count_flops
-from opmix_dist.models.lora import ADAPTER_FILE, require_adaptable
+from opmix_dist.models.lora import require_adaptable
 from opmix_dist.models.loss import sample_loss_sums, uses_flash_attention
-from opmix_dist.pool.candidates import Method, cheaper_method, simulate_sums, simulate_with_gradients
+from opmix_dist.pool.early_stop import EarlyStop
 from opmix_dist.pool.errors import SearchError
-from opmix_dist.pool.evaluations import Evaluations, Evaluator, identity_of
+from opmix_dist.pool.evaluating import Evaluating
+from opmix_dist.pool.evaluations import Evaluations
+from opmix_dist.pool.plan import chosen_kernels
 from opmix_dist.pool.probe_groups import ProbeGroups
 from opmix_dist.pool.records import Outcome, write_outcome
 from opmix_dist.pool.requests import staying
@@ -100,13 +101,22 @@ class _Search:
         self.together(self._open)
         self._probe()
         self.together(self._load_probes)
-        self._open_evaluations()
-        self.status.enter(SearchStage.EVALUATING, total=self._planned())
-        self.base = self._evaluate(np.zeros((1, len(self.request.components))))
-        self._search()
-        u = self._proposed()
-        points = (staying(self.request), staying(self.request, like=u), u)
-        measured = [self._evaluate(point[None]) for point in points]
+        self.evaluating = Evaluating(
+            self.search,
+            self.request,
+            self.config,
+            self.adapters,
+            self.heldout,
+            self.flops,
+            kernels=self.kernels,
+            snapshot=self._snapshot,
+            world=self.world,
+            together=self.together,
+            ledger=self.ledger,
+            on_progress=self.status.add,
+        )
+        with self.evaluating.planned():
+            measured = self._evaluate_all()
         self.status.enter(SearchStage.FITTING)
         self._on_leader(lambda: self._conclude(*measured))
         self.status.enter(SearchStage.PROPOSED)
@@ -130,6 +140,7 @@ class _Search:
         with self.ledger.timed("load snapshot"):
             self.model = self._load_model()
         self.status.advance(0)
+        self.kernels = chosen_kernels(settings.kernels, self.world.device)
         self.flops = count_flops(self.model, self.catalogue.sequence_length, settings.probes.rank)
         self.probes = ProbeGroups(self.search, self.request, self.config, self.catalogue, self.world)
 
@@ -193,30 +204,22 @@ class _Search:
     def _load_probes(self) -> None:
         self.adapters = self.probes.load(self.model)
 
-    def _open_evaluations(self) -> None:
-        """Collective."""
-        found: list[str] = []
-        self._on_leader(lambda: found.append(self._identity()))
-        identity = self.world.share_text(found[0] if found else None)
-        self.evaluator = Evaluator(
-            self.search.evaluations,
-            identity,
-            self.heldout,
-            len(self.request.domains),
-            world=self.world,
-            joint=self.config.search.candidates.joint if self._method() == "lowrank" else 1,
-            together=self.together,
-            simulate=self._simulate,
-        )
-
-    def _identity(self) -> str:
-        folder = self._snapshot if self._snapshot.is_dir() else None
-        adapters = (self.search.probe(name) / ADAPTER_FILE for name in self.request.components)
-        dtype = self.config.engine.param_dtype if uses_flash_attention(self._module) else "float32"
-        attention = self.config.model.attention
-        return identity_of(
-            self.request.snapshot, folder, adapters, self.heldout, self._method(), dtype, attention
-        )
+    def _evaluate_all(self) -> list[Evaluations]:
+        """Collective. The search, and what its proposal is compared with: staying alone, staying like the
+        proposal, the proposal. Begun again with smaller passes where memory runs out in spite of the plan:
+        candidates that are compared are computed alike."""
+        while True:
+            try:
+                self.evaluating.open()
+                self.status.enter(SearchStage.EVALUATING, total=self._planned())
+                self.base = self._evaluate(np.zeros((1, len(self.request.components))))
+                self._search()
+                u = self._proposed()
+                points = (staying(self.request), staying(self.request, like=u), u)
+                return [self._evaluate(point[None]) for point in points]
+            except PeerError:
+                if not self.evaluating.shrink():
+                    raise
 
     @property
     def _module(self) -> torch.nn.Module:
@@ -227,12 +230,12 @@ class _Search:
         self.together(lambda: work() if self.world.is_leader else None)
 
     def _planned(self) -> int:
-        """Evaluations that this rank may expect: the base, all asks, staying twice, the proposal."""
+        """Samples of candidates that this rank may expect: base, all asks, staying twice, proposal."""
         settings = self.config.search
         asked = settings.candidates.count + settings.refinement.rounds * settings.refinement.count
         if settings.method == "gradient":
-            return settings.gradient.max_evaluations + 4
-        return -(-asked // self.world.size) + 4
+            asked = settings.gradient.max_evaluations * self.world.size
+        return (-(-asked // self.world.size) + 4) * len(self.heldout.batch)
 
     def _search(self) -> None:
         """The leader asks and is told; all ranks evaluate. Leaves the result on the leader."""
@@ -243,18 +246,48 @@ class _Search:
         method = started[0] if started else None
         wants = self.world.share(None if method is None else [float(method.wants_gradients)])
         gradients, parts = bool(wants[0]), []
+        stopping = None if gradients else self._early_stop()
         while (U := self._asked(method)) is not None:
-            found = self._evaluate(U, gradients=gradients)
-            parts.append(found.sums)
+            found = self._evaluate(U, gradients=gradients, stopping=stopping)
+            parts.append(found)
             with self.ledger.timed("fit"):
                 self._on_leader(partial(self._tell, method, found))
         self._on_leader(lambda: self._keep(method, parts))
+        self._tell_stopped(parts)
 
-    def _keep(self, method: MixtureSearch | None, sums: list[np.ndarray]) -> None:
+    def _early_stop(self) -> EarlyStop | None:
+        """Collective. All candidates are compared with staying, which is evaluated first and in full; where
+        it is a candidate itself, it is found evaluated."""
+        confidence = self.config.search.candidates.early_stop
+        if confidence is None:
+            return None
+        reference = self._evaluate(staying(self.request)[None])
+        return EarlyStop(
+            problem=self.problem,
+            reference=reference.sums[0],
+            targets=reference.targets,
+            domain_ids=reference.domain_ids,
+            num_domains=reference.num_domains,
+            order=self.evaluating.order,
+            confidence=confidence,
+        )
+
+    def _tell_stopped(self, parts: Sequence[Evaluations]) -> None:
+        stopped = sum(int(part.stopped.sum()) for part in parts)
+        if stopped and self.world.is_leader:
+            seen = np.concatenate([part.samples_seen for part in parts])
+            log.info(
+                "%d of %d candidates were stopped early; %.0f%% of all samples were evaluated",
+                stopped,
+                len(seen),
+                100 * seen.mean(),
+            )
+
+    def _keep(self, method: MixtureSearch | None, parts: Sequence[Evaluations]) -> None:
         assert method is not None
         self.result: SearchResult = method.result()
         self.observations = method.observations
-        self.measured = dataclasses.replace(self.base, sums=np.concatenate(sums))
+        self.measured = Evaluations.joined(parts)
 
     def _asked(self, method: MixtureSearch | None) -> np.ndarray | None:
         """Collective. U [m, K] of the leader's method on every rank, None when it is done."""
@@ -276,58 +309,11 @@ class _Search:
         """Collective. The proposal's coefficients u [K] on every rank."""
         return np.array(self.world.share(self.result.proposal.u.tolist() if self.world.is_leader else None))
 
-    def _evaluate(self, U: np.ndarray, *, gradients: bool = False) -> Evaluations:
+    def _evaluate(
+        self, U: np.ndarray, *, gradients: bool = False, stopping: EarlyStop | None = None
+    ) -> Evaluations:
         """Collective. Losses of all rows of U on every rank."""
-        earlier = self.evaluator.earlier_seconds
-        with self.ledger.timed("evaluation"):
-            found = self.evaluator.evaluate(U, gradients=gradients)
-        self.ledger.add("evaluation", seconds=self.evaluator.earlier_seconds - earlier)
-        self._count_evaluation(self.evaluator.new(U), gradients)
-        return found
-
-    def _simulate(self, U: np.ndarray, gradients: bool) -> tuple[np.ndarray, np.ndarray | None]:
-        """Sums [m, N] and gradients [m, D, K] of the rows of U."""
-        settings = self.config.search.candidates
-        with self._evaluation_dtype(self.model):
-            if gradients:
-                found = simulate_with_gradients(
-                    self.adapters,
-                    U,
-                    self.heldout.batch,
-                    self.heldout.domain_ids,
-                    len(self.request.domains),
-                    batch_size=settings.batch_size,
-                    on_progress=self.status.advance,
-                )
-                return found.sums, found.gradients
-            sums = simulate_sums(
-                self.adapters,
-                U,
-                self.heldout.batch,
-                method=self._method(),
-                batch_size=settings.batch_size,
-                joint=settings.joint,
-                on_progress=self.status.advance,
-            )
-            return sums, None
-
-    def _method(self) -> Method:
-        chosen = self.config.search.candidates.method
-        if chosen != "auto":
-            return chosen
-        return cheaper_method(self.flops, len(self.request.components), self.heldout.batch.tokens.numel())
-
-    def _count_evaluation(self, candidates: int, gradients: bool) -> None:
-        components, tokens = len(self.request.components), candidates * self.heldout.batch.tokens.numel()
-        if (
-            gradients
-        ):  # a backward pass to activations costs a forward pass, and the adapters' three of theirs
-            flops = tokens * (2 * self.flops.forward + 3 * components * self.flops.lora_per_adapter)
-        elif self._method() == "lowrank":
-            flops = tokens * self.flops.lowrank_candidate(components)
-        else:
-            flops = tokens * self.flops.forward + candidates * components * self.flops.merge_per_adapter
-        self.ledger.add("evaluation", flops=flops, tokens=tokens)
+        return self.evaluating.evaluate(U, gradients=gradients, stopping=stopping)
 
     def _conclude(self, alone: Evaluations, stay: Evaluations, landed: Evaluations) -> None:
         """Error bars and decision; everything a reader needs is there before the status says so."""

@@ -28,10 +28,14 @@ class StatusWriter:
         self._write(reason)
         self._log()
 
-    def advance(self, done: int | None = None) -> None:
-        """One more piece of work is done; written at most every half second."""
+    def add(self, more: int) -> None:
+        """So many more of the stage's pieces of work are done."""
+        self.advance(self._done + more)
+
+    def advance(self, done: int) -> None:
+        """So many of the stage's pieces of work are done; written at most every half second."""
         self._beat += 1
-        self._done = self._done + 1 if done is None else done
+        self._done = done
         now = time.monotonic()
         if now - self._last_write >= WRITE_INTERVAL_S:
             self._write()

@@ -11,7 +11,8 @@ import torch
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.data.loader import EvalSet
 from opmix_dist.models.loss import losses_by_domain
-from opmix_dist.pool.evaluations import Evaluations, Evaluator, identity_of
+from opmix_dist.pool.early_stop import EarlyStop
+from opmix_dist.pool.evaluations import Evaluations, Evaluator, Measurement, identity_of
 from tests.helpers import random_tokens
 from tests.pool.searches import alone
 
@@ -28,12 +29,12 @@ class Simulation:
         self.calls: list[np.ndarray] = []
         self.fails_at = fails_at
 
-    def __call__(self, rows: np.ndarray, gradients: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    def __call__(self, rows: np.ndarray, gradients: bool, stopping: EarlyStop | None) -> Measurement:
         if len(self.calls) == self.fails_at:
             raise KeyboardInterrupt
         self.calls.append(rows)
         sums = 7 * (3 + rows @ np.arange(15).reshape(3, 5) / 10) * (1 + len(rows) * 1e-13)
-        return sums, np.ones((len(rows), 2, 3)) * rows[:, None] if gradients else None
+        return sums, None, np.ones((len(rows), 2, 3)) * rows[:, None] if gradients else None
 
     @property
     def simulated(self) -> int:

@@ -13,7 +13,8 @@ import pytest
 from opmix_dist.exchange.rundir import SearchDir
 from opmix_dist.exchange.schemas import SearchStage
 from opmix_dist.models.loss import paired_stderr
-from opmix_dist.pool import run_search
+from opmix_dist.pool import evaluating
+from opmix_dist.pool.candidates import Simulated
 from opmix_dist.pool.evaluations import Evaluations
 from opmix_dist.pool.records import Outcome, proposal_record
 from opmix_dist.pool.requests import staying
@@ -58,16 +59,16 @@ def test_a_search_killed_in_its_evaluations_goes_on_to_the_same_proposal(
 ) -> None:
     config = quick_config(tiny_data, tmp_path / "run")
     search = request(config)
-    simulate = run_search.simulate_sums
+    simulate = evaluating.simulate_sums
     evaluated: list[int] = []
 
-    def killed(adapters: Any, U: np.ndarray, *rest: Any, **options: Any) -> np.ndarray:
+    def killed(adapters: Any, U: np.ndarray, *rest: Any, **options: Any) -> Simulated:
         if len(evaluated) == calls:
             raise Killed
         evaluated.append(len(U))
         return simulate(adapters, U, *rest, **options)
 
-    monkeypatch.setattr(run_search, "simulate_sums", killed)
+    monkeypatch.setattr(evaluating, "simulate_sums", killed)
     with pytest.raises(Killed):
         answer(config, search)
     written = {path.name for path in search.evaluations.iterdir()}
@@ -76,11 +77,11 @@ def test_a_search_killed_in_its_evaluations_goes_on_to_the_same_proposal(
 
     again: list[int] = []
 
-    def counted(adapters: Any, U: np.ndarray, *rest: Any, **options: Any) -> np.ndarray:
+    def counted(adapters: Any, U: np.ndarray, *rest: Any, **options: Any) -> Simulated:
         again.append(len(U))
         return simulate(adapters, U, *rest, **options)
 
-    monkeypatch.setattr(run_search, "simulate_sums", counted)
+    monkeypatch.setattr(evaluating, "simulate_sums", counted)
     answer(config, search)
     assert lasting(search) == lasting(finished)
     assert sum(evaluated) + sum(again) == len(list(search.evaluations.iterdir())) == 10, (

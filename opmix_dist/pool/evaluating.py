@@ -1,0 +1,213 @@
+"""The candidates of one search: planned once, simulated on all ranks, counted."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from opmix_dist.config import SharedConfig
+from opmix_dist.data.loader import EvalSet
+from opmix_dist.distributed import World
+from opmix_dist.exchange.rundir import SearchDir, write_record
+from opmix_dist.exchange.schemas import EvaluationPlan, SearchRequest
+from opmix_dist.ledger import Ledger
+from opmix_dist.models.compute import Compute
+from opmix_dist.models.flops import FlopCounts
+from opmix_dist.models.lora import ADAPTER_FILE, JointAdapters
+from opmix_dist.pool.candidates import simulate_sums, simulate_with_gradients
+from opmix_dist.pool.early_stop import EarlyStop
+from opmix_dist.pool.errors import SearchError
+from opmix_dist.pool.evaluations import Evaluations, Evaluator, Measurement, Work, identity_of
+from opmix_dist.pool.plan import Planner, chosen_dtype, halved
+from opmix_dist.pool.stream import stratified_order
+from opmix_dist.pool.trials import Trials
+
+log = logging.getLogger(__name__)
+
+
+class Evaluating:
+    """Evaluates what it is asked within :meth:`planned`, after :meth:`open`.
+
+    Args:
+        kernels: whether Triton kernels compute.
+        snapshot: folder of the base's files, if there is one.
+        together: runs what may fail on one rank, and raises PeerError on all ranks then.
+        on_progress: told how many samples of candidates are done.
+    """
+
+    def __init__(
+        self,
+        search: SearchDir,
+        request: SearchRequest,
+        config: SharedConfig,
+        adapters: JointAdapters,
+        heldout: EvalSet,
+        flops: FlopCounts,
+        *,
+        kernels: bool,
+        snapshot: Path,
+        world: World,
+        together: Callable[[Callable[[], None]], None],
+        ledger: Ledger,
+        on_progress: Callable[[int], None],
+    ) -> None:
+        self.search, self.request, self.config = search, request, config
+        self.adapters, self.heldout, self.flops = adapters, heldout, flops
+        self.kernels, self.snapshot = kernels, snapshot
+        self.world, self.together, self.ledger = world, together, ledger
+        self.on_progress = on_progress
+        self.order = stratified_order(heldout.domain_ids.numpy())
+        self.plan: EvaluationPlan
+        self.evaluator: Evaluator
+        self.out_of_memory = False
+
+    @contextmanager
+    def planned(self) -> Iterator[None]:
+        """Collective. Inside, the model computes as the search's plan says."""
+        with ExitStack() as stack:
+            entered: list[str] = []
+
+            def enter() -> None:
+                dtype = chosen_dtype(self.config, self.world.device, self.adapters.model)
+                stack.enter_context(self.adapters.computing(Compute(getattr(torch, dtype), self.kernels)))
+                entered.append(dtype)
+
+            self.together(enter)
+            with self.ledger.timed("trials"):
+                text = self._on_leader(lambda: self._decide(entered[0]).model_dump_json())
+            self.plan = EvaluationPlan.model_validate_json(text)
+            yield
+
+    def _decide(self, dtype: str) -> EvaluationPlan:
+        trials = Trials(self.adapters, self.heldout, self.flops)
+        settings = self.config.search
+        planner = Planner(
+            self.search.plan_file,
+            trials,
+            self.flops,
+            settings.candidates,
+            dtype=dtype,
+            kernels=self.kernels,
+        )
+        plan = planner.decide(gradients=settings.wants_gradients)
+        self.ledger.add("trials", flops=trials.flops, tokens=trials.tokens)
+        return plan
+
+    def open(self) -> None:
+        """Collective. What was evaluated by this plan before is found again."""
+        self.out_of_memory = False
+        self.evaluator = Evaluator(
+            self.search.evaluations,
+            self._on_leader(self._identity),
+            self.heldout,
+            len(self.request.domains),
+            world=self.world,
+            joint=self.plan.joint,
+            together=self.together,
+            simulate=self._simulate,
+            on_progress=self.on_progress,
+        )
+
+    def _identity(self) -> str:
+        plan, names = self.plan, self.request.components
+        return identity_of(
+            self.request.snapshot,
+            self.snapshot if self.snapshot.is_dir() else None,
+            (self.search.probe(name) / ADAPTER_FILE for name in names),
+            self.heldout,
+            (plan.method, plan.joint, plan.batch_size, plan.dtype, plan.kernels),
+            self.config.model.attention,
+        )
+
+    def _on_leader(self, work: Callable[[], str]) -> str:
+        """Collective. The leader's text on every rank; a failure of the leader is one of all ranks."""
+        found: list[str] = []
+        self.together(lambda: found.append(work()) if self.world.is_leader else None)
+        return self.world.share_text(found[0] if found else None)
+
+    def shrink(self) -> bool:
+        """Collective, after a failure. Whether memory ran out on a rank and the plan has smaller passes now;
+        what is evaluated by it is evaluated anew."""
+        ran_out = bool(self.world.sum(torch.tensor([float(self.out_of_memory)])).item())
+        smaller = halved(self.plan) if ran_out else None
+        if smaller is None:
+            return False
+        self.plan = smaller
+        if self.world.is_leader:
+            log.warning(
+                "out of memory: the evaluation begins again with %d candidates of %d samples in a pass",
+                smaller.joint,
+                smaller.batch_size,
+            )
+        self.together(lambda: write_record(self.search.plan_file, smaller) if self.world.is_leader else None)
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return True
+
+    def evaluate(
+        self, U: np.ndarray, *, gradients: bool = False, stopping: EarlyStop | None = None
+    ) -> Evaluations:
+        """Collective. Losses of the rows of U [M, K] on every rank; arguments as of ``Evaluator.evaluate``."""
+        evaluator = self.evaluator
+        earlier, before = evaluator.earlier_seconds, copy.copy(evaluator.work[gradients])
+        with self.ledger.timed("evaluation"):
+            found = evaluator.evaluate(U, gradients=gradients, stopping=stopping)
+        self.ledger.add("evaluation", seconds=evaluator.earlier_seconds - earlier)
+        self._count(before, evaluator.work[gradients], gradients)
+        return found
+
+    def _simulate(self, U: np.ndarray, gradients: bool, stopping: EarlyStop | None) -> Measurement:
+        """Of the rows of U."""
+        try:
+            return self._differentiated(U) if gradients else self._simulated(U, stopping)
+        except torch.OutOfMemoryError:
+            self.out_of_memory = True
+            raise SearchError(
+                f"out of memory with {self.plan.joint} candidates of {self.plan.batch_size} samples in a pass"
+            ) from None
+
+    def _differentiated(self, U: np.ndarray) -> Measurement:
+        assert self.plan.gradient_batch_size is not None
+        found = simulate_with_gradients(
+            self.adapters,
+            U,
+            self.heldout.batch,
+            self.heldout.domain_ids,
+            len(self.request.domains),
+            batch_size=self.plan.gradient_batch_size,
+            on_progress=self.on_progress,
+        )
+        return found.sums, None, found.gradients
+
+    def _simulated(self, U: np.ndarray, stopping: EarlyStop | None) -> Measurement:
+        found = simulate_sums(
+            self.adapters,
+            U,
+            self.heldout.batch,
+            method=self.plan.method,
+            batch_size=self.plan.batch_size,
+            joint=self.plan.joint,
+            order=self.order,
+            stopping=stopping,
+            on_progress=self.on_progress,
+        )
+        return found.sums, found.seen, None
+
+    def _count(self, before: Work, after: Work, gradients: bool) -> None:
+        """What was evaluated in between, in tokens and FLOPs, to the ledger."""
+        components = len(self.request.components)
+        candidates = after.candidates - before.candidates
+        tokens = (after.samples - before.samples) * self.heldout.batch.sequence_length
+        if gradients:
+            flops = tokens * self.flops.candidate_gradients(components)
+        elif self.plan.method == "lowrank":
+            flops = tokens * self.flops.lowrank_candidate(components)
+        else:
+            flops = tokens * self.flops.forward + candidates * components * self.flops.merge_per_adapter
+        self.ledger.add("evaluation", flops=flops, tokens=tokens)
