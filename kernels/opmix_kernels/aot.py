@@ -27,7 +27,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from opmix_kernels import cross_entropy, merge, segments
+from opmix_kernels import cross_entropy, gated_lowrank, merge, segments, shrink
 from opmix_kernels.language import INTERPRETED
 from opmix_kernels.runtime import ARCHITECTURES, Config, Launch, Tiled, recording
 
@@ -40,7 +40,7 @@ SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}
 """Shared memory that one block may have."""
 MATRIX_INSTRUCTION = {"sm_80": r"\bHMMA\b", "sm_90": r"\bHGMMA\b", "gfx942": r"\bv_mfma_\w+"}
 
-EXAMPLES = (cross_entropy, merge, segments)
+EXAMPLES = (cross_entropy, gated_lowrank, merge, segments, shrink)
 """Modules of operations, each with a function `examples`."""
 
 _TYPES = {
