@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 HiddenLosses = Callable[[Tensor, Tensor], Tensor]
-"""Hidden states [B, T, d] and targets [B, T] (-100: none) to losses [B, T] float32, 0 without a target."""
+"""Hidden states [B, T, d] and targets [B, T] (-100: none) to each sample's sum of losses, [B] float64."""
 
 _FUSED: WeakKeyDictionary[nn.Module, tuple[nn.Module, HiddenLosses]] = WeakKeyDictionary()
 

@@ -26,13 +26,13 @@ class _Wide:
     A: Tensor
     """[n, K, r, d_in] of the n layers."""
     matrices: dict[JointLoRALinear, tuple[int, Tensor]]
-    """Place among the readers, and [W | s B] in the order of its columns."""
+    """Place among the readers, and [W | B] in the order of its columns."""
 
 
 class KernelProducts(CastProducts):
     """As :class:`CastProducts`, and
 
-    - simulation without gradients is one product a layer: [X | Z] [W | s B]^T, where one kernel writes X and
+    - simulation without gradients is one product a layer: [X | Z] [W | B]^T, where one kernel writes X and
       the gated low-rank activations Z of all layers that read X, together with the RMSNorm before them;
     - simulation with gradients is ``gated_lowrank_linear``, training ``joint_lora_linear``, and merging
       ``merge_deltas``.
@@ -65,7 +65,18 @@ class KernelProducts(CastProducts):
         self._wide: dict[int, _Wide] = {}
         self._stacks: dict[JointLoRALinear, Any] = {}
 
-    def joint(self, layer: JointLoRALinear, x: Tensor) -> Tensor:
+    def __call__(self, layer: JointLoRALinear, x: Tensor) -> Tensor:
+        if self.state.mode is Mode.TRAIN:
+            return self._joint(layer, x)
+        if self.state.mode is Mode.SIMULATE:
+            return self._differentiable(layer, x) if self._differentiates else self._combined(layer, x)
+        return super().__call__(layer, x)
+
+    @property
+    def _differentiates(self) -> bool:
+        return torch.is_grad_enabled() and self.state.gates.requires_grad
+
+    def _joint(self, layer: JointLoRALinear, x: Tensor) -> Tensor:
         return self.ops.joint_lora_linear(
             x,
             self.weight(layer),
@@ -78,9 +89,9 @@ class KernelProducts(CastProducts):
             step=self.step(),
         )
 
-    def simulated(self, layer: JointLoRALinear, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and self.state.gates.requires_grad:
-            return self._differentiable(layer, self.cast(layer, x))
+    def _combined(self, layer: JointLoRALinear, x: Tensor) -> Tensor:
+        """The layer's columns of [X | Z], which the norm before it, the first reader of x or now this layer
+        has made, times its matrix."""
         readers = self.readers[layer]
         wide = readers.shared.take(x, lambda x: self._produce(readers, x, None))
         parts = self._parts(readers)
@@ -92,18 +103,17 @@ class KernelProducts(CastProducts):
         A, B = layer.A.detach(), layer.B.detach()
         if layer not in self._stacks:
             self._wide.clear()
-            self._stacks[layer] = self.ops.LowRankStack.build(
-                layer.base.weight, A, B, self.state.scale, self.dtype
-            )
+            self._stacks[layer] = self.ops.LowRankStack.build(layer.base.weight, A, B, self.dtype)
+        stack = self._stacks[layer]
         return self.ops.gated_lowrank_linear(
             x,
-            self.weight(layer),
+            stack.weight,
             A,
             B,
             self.state.gates,
             scale=self.state.scale,
             bias=self.bias(layer),
-            prepared=self._stacks[layer],
+            prepared=stack,
         )
 
     def norm_forward(self, readers: Readers, norm: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -111,9 +121,7 @@ class KernelProducts(CastProducts):
         own = norm.forward
 
         def forward(x: Tensor) -> Tensor:
-            if self.state.mode is not Mode.SIMULATE or (
-                torch.is_grad_enabled() and self.state.gates.requires_grad
-            ):
+            if self.state.mode is not Mode.SIMULATE or self._differentiates:
                 return own(x)
             wide = self._produce(readers, x, norm)
             normed = wide[:, self._parts(readers).layout.x].view(x.shape)
@@ -145,12 +153,7 @@ class KernelProducts(CastProducts):
         count, rank, width = layers[0].A.shape
         layout = self.ops.WideLayout(width, len(layers), count * rank)
         matrices = {
-            layer: (
-                place,
-                layout.matrix(
-                    place, layer.base.weight.to(self.dtype), layer.B.to(self.dtype), self.state.scale
-                ),
-            )
+            layer: (place, layout.matrix(place, layer.base.weight.to(self.dtype), layer.B))
             for place, layer in enumerate(layers)
         }
         return _Wide(layout, torch.stack([layer.A for layer in layers]).to(self.dtype), matrices)
@@ -160,18 +163,20 @@ class KernelProducts(CastProducts):
             layer.base.weight.detach(),
             layer.A.detach(),
             layer.B.detach(),
-            u.to(layer.A),
+            u,
             scale=self.state.scale,
             out_dtype=self.dtype,
             out=out,
         )
 
     def hidden_losses(self, head: nn.Linear) -> HiddenLosses:
-        """Cross-entropies without logits; what a bias or a scale of the logits would need is not there."""
+        """Cross-entropies without logits, summed in an order that does not depend on the other samples."""
         weight = head.weight.detach().to(self.dtype)
 
         def losses(hidden: Tensor, targets: Tensor) -> Tensor:
-            return self.ops.linear_cross_entropy(hidden.to(self.dtype), weight, targets)
+            found = self.ops.linear_cross_entropy(hidden.to(self.dtype), weight, targets)
+            one = torch.zeros(targets.shape[1], dtype=torch.int64, device=targets.device)
+            return self.ops.segment_sums(found, one, 1)[:, 0]
 
         return losses
 

@@ -29,7 +29,7 @@ def sample_losses(model: nn.Module, batch: TokenBatch) -> Tensor:
         batch: B samples of T tokens; position ids, where it has them, confine attention to documents.
 
     Returns:
-        [B] float32, or float64 of a model in float64.
+        [B] float32, or float64 of a model in float64 and where kernels sum them.
     """
     targets = torch.where(batch.loss_mask, batch.tokens, _NO_TARGET)[:, 1:]
     fused = fused_head(model)
@@ -47,7 +47,7 @@ def _fused_losses(backbone: nn.Module, losses: HiddenLosses, batch: TokenBatch, 
     hidden = _run(backbone, batch).last_hidden_state.view(*batch.tokens.shape, -1)
     # the last token predicts nothing: a target that is none costs less than a copy without its row
     padded = F.pad(targets, (0, 1), value=_NO_TARGET)
-    return losses(hidden, padded).sum(dim=1)
+    return losses(hidden, padded)
 
 
 def _run(module: nn.Module, batch: TokenBatch) -> Any:

@@ -126,7 +126,8 @@ class CastProducts(Products):
         super().__init__(state)
         self.dtype = dtype
         self.readers = {layer: group for group in readers for layer in group.layers}
-        self._copies: dict[JointLoRALinear, tuple[Tensor, Tensor | None]] = {}
+        self._weights: dict[JointLoRALinear, Tensor] = {}
+        self._biases: dict[JointLoRALinear, Tensor | None] = {}
         self._merged: dict[JointLoRALinear, Tensor] = {}
         self._is_merged = False
 
@@ -157,21 +158,20 @@ class CastProducts(Products):
         return self.readers[layer].shared.take(x, lambda x: x.to(self.dtype))
 
     def weight(self, layer: JointLoRALinear) -> Tensor:
-        return self._copy(layer)[0]
+        if layer not in self._weights:
+            self._weights[layer] = layer.base.weight.detach().to(self.dtype)
+        return self._weights[layer]
 
     def bias(self, layer: JointLoRALinear) -> Tensor | None:
-        return self._copy(layer)[1]
-
-    def _copy(self, layer: JointLoRALinear) -> tuple[Tensor, Tensor | None]:
-        if layer not in self._copies:
-            weight, bias = layer.base.weight.detach(), layer.base.bias
-            copied = None if bias is None else bias.detach().to(self.dtype)
-            self._copies[layer] = weight.to(self.dtype), copied
-        return self._copies[layer]
+        if layer not in self._biases:
+            bias = layer.base.bias
+            self._biases[layer] = None if bias is None else bias.detach().to(self.dtype)
+        return self._biases[layer]
 
     @contextmanager
     def merged(self, layers: Sequence[JointLoRALinear], u: Tensor) -> Iterator[None]:
         """As :meth:`Products.merged`, in buffers that stay for the next candidate."""
+        u = u.to(layers[0].A)
         for layer in layers:
             if layer not in self._merged:
                 self._merged[layer] = torch.empty_like(layer.base.weight, dtype=self.dtype)

@@ -21,7 +21,7 @@ _LLAMA = {
 _NEOX = {name: size for name, size in _LLAMA.items() if name != "num_key_value_heads"}
 ARCHITECTURES = {
     "llama": _LLAMA,
-    "mistral": {**_LLAMA, "sliding_window": 6, "head_dim": 8},
+    "mistral": {**_LLAMA, "sliding_window": 3, "head_dim": 8},
     "qwen2": _LLAMA,
     "qwen3": {**_LLAMA, "head_dim": 16},
     "olmo2": _LLAMA,
@@ -58,7 +58,7 @@ def adapt(model: PreTrainedModel, *, size: float = 0.1, dropout: float = 0.0) ->
     found = JointAdapters(model, NAMES, rank=RANK, alpha=ALPHA, dropout=dropout, seeds=[0, 1, 2])
     generator = torch.Generator().manual_seed(4)
     for layer in found.layers.values():
-        layer.B.data.normal_(0, size, generator=generator)
+        layer.B.data.copy_(torch.empty(layer.B.shape).normal_(0, size, generator=generator))
     return found
 
 
