@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -26,6 +26,10 @@ from opmix_kernels.language import INTERPRETED
 
 TUNING_FILE = "OPMIX_KERNELS_TUNING"
 ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
+
+SMALL, SMALL_TAKES = "sm_86", "sm_80"
+"""What NVIDIA's devices with 99 KiB of shared memory a block are called here (sm_86, sm_89, sm_120), and
+whose configurations they take: the last that is shipped, which has to fit them (:mod:`opmix_kernels.aot`)."""
 
 
 @dataclass(frozen=True)
@@ -91,23 +95,31 @@ class Kernel:
     def name(self) -> str:
         return str(self.fn.__name__)
 
+    def __post_init__(self) -> None:
+        _kernels[self.name] = self
+
     def config(self, like: Tensor, key: str = "") -> Config:
         """For tensors like this one: that of the tuning file under ``key`` where it has one, or the shipped
         default.
 
         Raises:
             RuntimeError: an architecture that nothing is shipped for.
+            ValueError: a tuning file that is not one for these kernels.
         """
         if self.forced is not None:
             return self.forced
-        architecture = architecture_of(like.device)
-        choices = self.choices(architecture, like.element_size())
-        chosen = _tuned().get(f"{self.name} {architecture} {like.element_size()} {key}")
-        return choices[0] if chosen is None else choices[chosen]
+        choices = self.choices(architecture_of(like.device), like.element_size())
+        return choices[_tuned().get(self._tuning_key(like, key), 0)]
+
+    def _tuning_key(self, like: Tensor, key: str) -> str:
+        """What a tuning file calls a launch."""
+        return f"{self.name} {architecture_of(like.device)} {like.element_size()} {key}".rstrip()
 
     def choices(self, architecture: str, itemsize: int) -> Sequence[Config]:
-        by_size = self.shipped[architecture]
-        return by_size[itemsize] if itemsize in by_size else by_size[max(by_size)]
+        """What is shipped, the default first."""
+        by_size = self.shipped[SMALL_TAKES if architecture == SMALL else architecture]
+        choices = by_size[itemsize] if itemsize in by_size else by_size[max(by_size)]
+        return choices[-1:] if architecture == SMALL else choices
 
     @contextmanager
     def using(self, config: Config) -> Iterator[None]:
@@ -145,10 +157,30 @@ class Kernel:
             return
         given = {k: v.descriptor(config.blocks) if isinstance(v, Tiled) else v for k, v in arguments.items()}
         # Triton launches on the current device, whichever the tensors are on
-        with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
+        on_device = torch.cuda.device(like.device) if like.is_cuda else nullcontext()
+        with on_device, nullcontext() if _watch is None else _watch(self, self._tuning_key(like, key)):
             self.fn[size](
                 **given, **constexprs, **config.blocks, num_warps=config.warps, num_stages=config.stages
             )
+
+
+_kernels: dict[str, Kernel] = {}
+
+Watch = Callable[["Kernel", str], AbstractContextManager[None]]
+"""Called with the kernel and the tuning file's key of a launch, which happens inside of what it returns."""
+
+_watch: Watch | None = None
+
+
+@contextmanager
+def watching(watch: Watch) -> Iterator[None]:
+    """Every launch inside is told to ``watch``: for tuning."""
+    global _watch
+    before, _watch = _watch, watch
+    try:
+        yield
+    finally:
+        _watch = before
 
 
 @dataclass
@@ -189,12 +221,17 @@ def architecture_of(device: torch.device) -> str:
 
 @cache
 def _architecture(index: int) -> str:
-    properties = torch.cuda.get_device_properties(index)
+    return _architecture_named(torch.cuda.get_device_properties(index))
+
+
+def _architecture_named(properties: Any) -> str:
+    found = None
     if torch.version.hip:
         name = properties.gcnArchName.split(":")[0]
         found = name if name in ARCHITECTURES else None
-    else:
-        found = "sm_90" if properties.major >= 9 else "sm_80" if properties.major == 8 else None
+    elif properties.major >= 8:
+        enough = properties.shared_memory_per_block_optin >= 160 * 1024
+        found = SMALL if not enough else "sm_90" if properties.major >= 9 else "sm_80"
     if found is None:
         raise RuntimeError(
             f"no kernel configurations for {properties.name}: set the kernels to plain torch "
@@ -207,9 +244,30 @@ def _architecture(index: int) -> str:
 def _tuned() -> dict[str, int]:
     """The tuning file's choices: "kernel architecture itemsize key" to an index into what is shipped."""
     path = os.environ.get(TUNING_FILE)
-    return (
-        {} if not path else {str(k): int(v) for k, v in json.loads(Path(path).read_text())["choices"].items()}
-    )
+    return read_tuning(Path(path)) if path else {}
+
+
+def read_tuning(file: Path) -> dict[str, int]:
+    """Choices of a tuning file.
+
+    Raises:
+        ValueError: naming the file and the entry that no kernel, architecture or configuration here fits.
+    """
+    try:
+        choices = json.loads(file.read_text())["choices"]
+        entries = {str(key): int(index) for key, index in choices.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{TUNING_FILE}: {file} is no tuning file: {error!r}") from error
+    for key, index in entries.items():
+        name, architecture, itemsize = (*key.split(" ", 3), "", "", "")[:3]
+        if name not in _kernels:
+            raise ValueError(f"{TUNING_FILE}: {file} names the kernel {name!r}, which does not exist")
+        if architecture not in (*ARCHITECTURES, SMALL) or itemsize not in ("2", "4", "8"):
+            raise ValueError(f"{TUNING_FILE}: {file} has {key!r}: not kernel, architecture, bytes, shape")
+        shipped = len(_kernels[name].choices(architecture, int(itemsize)))
+        if not 0 <= index < shipped:
+            raise ValueError(f"{TUNING_FILE}: {file} has {index} for {key!r}, of {shipped} configurations")
+    return entries
 
 
 def available(device: torch.device) -> bool:
