@@ -90,7 +90,7 @@ def measure(
         elif time.monotonic() > ends:
             row.say(f"the {arguments.budget:.0f} s were over")
         else:
-            _measure(bench, case, row, report)
+            measure_row(bench, case, row, report)
         report.targets = targets(report.rows, sizes, plan)
         report.write(arguments.out)
         print(f"{' | '.join(row.key)}: {row.status} {_told(row)}", flush=True)
@@ -98,7 +98,7 @@ def measure(
     report.write(arguments.out)
 
 
-def _measure(bench: Bench, case: Case, row: Row, report: Report) -> None:
+def measure_row(bench: Bench, case: Case, row: Row, report: Report) -> None:
     """Check, then time; what goes wrong is told in the row."""
     assert report.ceilings is not None
     missing = [need for need in case.needs if not _have(need, bench)]
@@ -197,7 +197,8 @@ def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
 _REMARKS = (
     "Ours are in bold. A share of a floor is the time that a path's own work takes under the ceilings, over "
     "the time measured; FLOPs and bytes are those of opmix_kernels/cost.py. Peak memory is what a run takes "
-    "beyond its inputs. Errors are relative to float64.",
+    "beyond its inputs. Errors are relative to float64: of sweeps, those of a loss over what the adapters "
+    "change in it.",
     "Copies of weights that are made once per search are made before timing, in ours and in the baselines. "
     "All models use torch's causal attention without a mask tensor. Batched merging is measured for layers, "
     "not for models: all merged models at once do not fit.",

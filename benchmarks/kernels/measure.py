@@ -61,12 +61,12 @@ class Bench:
         Args:
             warm: done before in place of ``run``, where a run is long: what compiles and allocates.
         """
-        (warm or run)()
         if self.dry:
             begun = time.perf_counter()
             run()
             seconds = time.perf_counter() - begun
             return Timing(seconds, seconds, seconds, 1, 0)
+        (warm or run)()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
