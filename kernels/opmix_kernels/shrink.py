@@ -127,10 +127,8 @@ SHRINK = Kernel(
         "sm_80": {2: [Config({"BR": 64, "BJ": 128, "BK": 64}, warps=8, stages=3)], 4: _NVIDIA32},
         "sm_90": {
             2: [
-                Config(
-                    {"BR": 128, "BJ": 128, "BK": 64}, warps=8, stages=3
-                ),  # A passes through L2 half as often
-                Config({"BR": 64, "BJ": 128, "BK": 64}, warps=4, stages=3),  # fewer than 128 rows a candidate
+                Config({"BR": 128, "BJ": 128, "BK": 64}, warps=8, stages=3),  # A is read half as often
+                Config({"BR": 64, "BJ": 128, "BK": 64}, warps=4, stages=3),  # for few rows a candidate
             ],
             4: _NVIDIA32,
         },

@@ -9,10 +9,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opmix_kernels.runtime import Kernel
 
@@ -55,6 +57,15 @@ def poisoned_memory() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before)
         torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
+class NoWaiting(TorchDispatchMode):
+    """AssertionError where the host would wait for the device to learn a value or a shape."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "_unique2")
+        assert func.overloadpacket.__name__ not in waits, f"{func} waits"
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
