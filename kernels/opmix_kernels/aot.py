@@ -31,7 +31,16 @@ from triton.compiler import ASTSource
 
 from opmix_kernels import cross_entropy, gated_lowrank, merge, segments, shrink
 from opmix_kernels.language import INTERPRETED
-from opmix_kernels.runtime import ARCHITECTURES, SMALL, SMALL_TAKES, Config, Kernel, Launch, Tiled, recording
+from opmix_kernels.runtime import (
+    ARCHITECTURES,
+    SMALL,
+    SMALL_TAKES,
+    Config,
+    Launch,
+    Tiled,
+    recording,
+    shipped_kernels,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -229,11 +238,6 @@ def shipped_launches(architecture: str, dtype: str) -> list[Launch]:
             module.examples(getattr(torch, dtype))
         launches += found.launches
     return launches
-
-
-def shipped_kernels() -> list[Kernel]:
-    """Those of the operations' modules."""
-    return [value for module in EXAMPLES for value in vars(module).values() if isinstance(value, Kernel)]
 
 
 def compile_shipped(architecture: str, dtype: str, only: str = "") -> Iterator[Compiled]:

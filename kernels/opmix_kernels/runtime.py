@@ -84,19 +84,18 @@ class Kernel:
 
     Args:
         is_product: whether it multiplies matrices, so that its machine code must use tensor cores in 16 bits.
+        name: in tables and tuning files; the function's if not given. No two have the same.
     """
 
     fn: Any
     shipped: Shipped
     is_product: bool
+    name: str = ""
     forced: Config | None = field(default=None, init=False)
 
-    @property
-    def name(self) -> str:
-        return str(self.fn.__name__)
-
     def __post_init__(self) -> None:
-        _kernels[self.name] = self
+        self.name = self.name or self.fn.__name__
+        _kernels.append(self)
 
     def config(self, like: Tensor, key: str = "") -> Config:
         """For tensors like this one: that of the tuning file under ``key`` where it has one, or the shipped
@@ -164,7 +163,14 @@ class Kernel:
             )
 
 
-_kernels: dict[str, Kernel] = {}
+_kernels: list[Kernel] = []
+"""All there are."""
+
+
+def shipped_kernels() -> list[Kernel]:
+    """The kernels of this package's modules that were imported."""
+    return [kernel for kernel in _kernels if kernel.fn.fn.__module__.startswith("opmix_kernels.")]
+
 
 Watch = Callable[["Kernel", str], AbstractContextManager[None]]
 """Called with the kernel and the tuning file's key of a launch, which happens inside of what it returns."""
@@ -258,13 +264,14 @@ def read_tuning(file: Path) -> dict[str, int]:
         entries = {str(key): int(index) for key, index in choices.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{TUNING_FILE}: {file} is no tuning file: {error!r}") from error
+    kernels = {kernel.name: kernel for kernel in _kernels}
     for key, index in entries.items():
         name, architecture, itemsize = (*key.split(" ", 3), "", "", "")[:3]
-        if name not in _kernels:
+        if name not in kernels:
             raise ValueError(f"{TUNING_FILE}: {file} names the kernel {name!r}, which does not exist")
         if architecture not in (*ARCHITECTURES, SMALL) or itemsize not in ("2", "4", "8"):
             raise ValueError(f"{TUNING_FILE}: {file} has {key!r}: not kernel, architecture, bytes, shape")
-        shipped = len(_kernels[name].choices(architecture, int(itemsize)))
+        shipped = len(kernels[name].choices(architecture, int(itemsize)))
         if not 0 <= index < shipped:
             raise ValueError(f"{TUNING_FILE}: {file} has {index} for {key!r}, of {shipped} configurations")
     return entries

@@ -38,12 +38,18 @@ def test_what_is_shipped_compiles_and_would_run_well(
     assert {row["dtype"] for row in rows} == set(dtypes)
     assert all(row["registers"] > 0 for row in rows)
     products = {row["kernel"] for row in rows if row["matrix_instructions"]}
-    shipped = {kernel.name: kernel for kernel in aot.shipped_kernels()}
+    shipped = {kernel.name: kernel for kernel in runtime.shipped_kernels()}
     assert {row["kernel"] for row in rows} == set(shipped)
     if dtypes != ("float32",):
         assert {name for name, kernel in shipped.items() if kernel.is_product} <= products
     assert all(row["default"] for row in rows if row["dtype"] == "float16")
     assert (tmp_path / "table.md").read_text().count("**") >= 2 * len(shipped)
+
+
+def test_kernels_have_names_of_their_own() -> None:
+    names = [kernel.name for kernel in runtime.shipped_kernels()]
+    assert len(names) >= 5
+    assert sorted(names) == sorted(set(names))
 
 
 FAULTY = """
