@@ -153,7 +153,7 @@ class Evaluating:
     def evaluate(
         self, U: np.ndarray, *, gradients: bool = False, stopping: EarlyStop | None = None
     ) -> Evaluations:
-        """Collective. Losses of the rows of U [M, K] on every rank; arguments as of ``Evaluator.evaluate``."""
+        """Collective. Losses of the rows of U [M, K] on every rank; as ``Evaluator.evaluate``."""
         evaluator = self.evaluator
         earlier, before = evaluator.earlier_seconds, copy.copy(evaluator.work[gradients])
         with self.ledger.timed("evaluation"):

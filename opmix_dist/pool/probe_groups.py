@@ -38,9 +38,12 @@ class ProbeGroups:
         config: SharedConfig,
         catalogue: Catalogue,
         world: World,
+        *,
+        kernels: bool,
     ) -> None:
+        """``kernels``: whether Triton kernels compute."""
         self.search, self.request, self.config = search, request, config
-        self.catalogue, self.world = catalogue, world
+        self.catalogue, self.world, self.kernels = catalogue, world, kernels
 
     @property
     def all(self) -> list[list[str]]:
@@ -75,7 +78,7 @@ class ProbeGroups:
             betas=self.config.optimizer.betas,
             seeds={name: derive_seed(self.request.seed, "probe", name) for name in names},
             on_step=on_step,
-            compute=Compute(getattr(torch, self.config.engine.param_dtype)),
+            compute=Compute(getattr(torch, self.config.engine.param_dtype), self.kernels),
         )
         seconds = time.perf_counter() - start
         for name in names:

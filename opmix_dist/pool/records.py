@@ -143,9 +143,10 @@ def _candidate_rows(outcome: Outcome) -> Iterator[dict[str, object]]:
     """A row per candidate and domain; then the snapshot, which is candidate -1, and the proposal.
 
     ``stderr`` is that of the loss, ``stderr_change`` that of its change from the snapshot, which the laws
-    are weighted by. ``tokens`` count in the loss; a candidate that was stopped early has fewer of them. ``predicted`` is the law's loss, ``left_out`` that of laws fitted to other candidates,
-    ``gradient_*`` its derivatives by the coefficients, where the search took them, ``resampled`` its loss on
-    held-out samples drawn with replacement, the same draws in all rows, where error bars were asked for.
+    are weighted by. ``tokens`` count in the loss; a candidate that was stopped early has fewer of them.
+    ``predicted`` is the law's loss, ``left_out`` that of laws fitted to other candidates, ``gradient_*`` its
+    derivatives by the coefficients, where the search took them, ``resampled`` its loss on held-out samples
+    drawn with replacement, the same draws in all rows, where error bars were asked for.
     """
     fit, U = outcome.result.fit, outcome.observations.candidates
     nothing = np.full((1, len(outcome.request.domains)), np.nan)

@@ -142,7 +142,9 @@ class _Search:
         self.status.advance(0)
         self.kernels = chosen_kernels(settings.kernels, self.world.device)
         self.flops = count_flops(self.model, self.catalogue.sequence_length, settings.probes.rank)
-        self.probes = ProbeGroups(self.search, self.request, self.config, self.catalogue, self.world)
+        self.probes = ProbeGroups(
+            self.search, self.request, self.config, self.catalogue, self.world, kernels=self.kernels
+        )
 
     def _tell_few_samples(self) -> None:
         wanted = self.config.search.candidates.samples_per_domain

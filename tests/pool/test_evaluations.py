@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ import torch
 
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.data.loader import EvalSet
+from opmix_dist.distributed import World
 from opmix_dist.models.loss import losses_by_domain
 from opmix_dist.pool.early_stop import EarlyStop
-from opmix_dist.pool.evaluations import Evaluations, Evaluator, Measurement, identity_of
+from opmix_dist.pool.evaluations import Evaluations, Evaluator, Measurement, Work, identity_of
+from opmix_dist.search.problem import Problem
 from tests.helpers import random_tokens
 from tests.pool.searches import alone
 
@@ -41,21 +44,34 @@ class Simulation:
         return sum(map(len, self.calls))
 
 
+def evaluator_of(
+    folder: Path, simulation: Simulation, world: World, *, identity: str = "a", **options: Any
+) -> Evaluator:
+    return Evaluator(
+        folder,
+        identity,
+        HELDOUT,
+        2,
+        world=world,
+        joint=3,
+        together=lambda work: work(),
+        simulate=simulation,
+        **options,
+    )
+
+
 def evaluate(
-    folder: Path, simulation: Simulation, U: np.ndarray = U, *, gradients: bool = False, identity: str = "a"
+    folder: Path,
+    simulation: Simulation,
+    U: np.ndarray = U,
+    *,
+    gradients: bool = False,
+    stopping: EarlyStop | None = None,
+    identity: str = "a",
 ) -> Evaluations:
     with alone() as world:
-        evaluator = Evaluator(
-            folder,
-            identity,
-            HELDOUT,
-            2,
-            world=world,
-            joint=3,
-            together=lambda work: work(),
-            simulate=simulation,
-        )
-        return evaluator.evaluate(U, gradients=gradients)
+        evaluator = evaluator_of(folder, simulation, world, identity=identity)
+        return evaluator.evaluate(U, gradients=gradients, stopping=stopping)
 
 
 @pytest.fixture
@@ -183,3 +199,110 @@ def test_resampled_losses_by_hand_and_with_their_standard_error() -> None:
     thrice = np.isclose(found[:, 0, 1], 1.0)
     assert thrice.mean() == pytest.approx(1 / 27, abs=0.01)
     np.testing.assert_allclose(found[thrice, 1, 1], 2.0)
+
+
+def stopping(confidence: float = 0.9) -> EarlyStop:
+    return EarlyStop(
+        problem=Problem(np.eye(2), np.full(2, 0.5)),
+        reference=np.full(5, 20.0),
+        targets=HELDOUT.batch.targets.numpy(),
+        domain_ids=DOMAIN_IDS,
+        num_domains=2,
+        order=np.array([0, 3, 1, 4, 2]),
+        confidence=confidence,
+    )
+
+
+class Stopped(Simulation):
+    """Stops every other candidate of a group after the samples 0 and 3."""
+
+    def __call__(self, rows: np.ndarray, gradients: bool, stopping: EarlyStop | None) -> Measurement:
+        sums, _, slopes = super().__call__(rows, gradients, stopping)
+        if stopping is None:
+            return sums, None, slopes
+        seen = np.full(sums.shape, True)
+        seen[::2, [1, 2, 4]] = False
+        return np.where(seen, sums, 0.0), seen, slopes
+
+
+@pytest.mark.parametrize("killed_at", [0, 1, 2])
+def test_an_attempt_with_stopped_candidates_goes_on_to_the_same(tmp_path: Path, killed_at: int) -> None:
+    whole = evaluate(tmp_path / "whole", Stopped(), stopping=stopping())
+    assert whole.stopped.tolist() == [True, False, True, True, False, True, True]
+    assert whole.targets_seen[0].tolist() == [7, 7], "of 21 and 14"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tmp_path / "e", Stopped(fails_at=killed_at), stopping=stopping())
+    second = Stopped()
+    again = evaluate(tmp_path / "e", second, stopping=stopping())
+    assert second.simulated == len(U) - 3 * killed_at
+    for name in ("sums", "seen", "reference"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(whole, name))
+
+
+def test_what_was_stopped_is_simulated_in_full_where_that_is_asked_for(tmp_path: Path) -> None:
+    """Both are kept: the attempt after it finds at each ask what it found there before."""
+    first = evaluate(tmp_path / "e", Stopped(), stopping=stopping())
+    second = Stopped()
+    assert evaluate(tmp_path / "e", second).seen is None
+    assert second.simulated == len(U)
+    third = Stopped()
+    again = evaluate(tmp_path / "e", third, stopping=stopping())
+    assert third.simulated == 0
+    np.testing.assert_array_equal(again.seen, first.seen)
+    np.testing.assert_array_equal(again.sums[first.stopped], first.sums[first.stopped])
+    fourth = Stopped()
+    other = evaluate(tmp_path / "e", fourth, stopping=stopping(0.8))
+    assert fourth.simulated == 0
+    assert other.seen is None, "of another rule, but evaluated in full"
+
+
+def test_damaged_files_of_stopped_candidates_are_evaluated_again(tmp_path: Path) -> None:
+    whole = evaluate(tmp_path / "e", Stopped(), stopping=stopping())
+    for path in (tmp_path / "e").iterdir():
+        data = path.read_bytes()
+        path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    second = Stopped()
+    np.testing.assert_array_equal(evaluate(tmp_path / "e", second, stopping=stopping()).sums, whole.sums)
+    assert second.simulated == len(U)
+
+
+def test_what_was_asked_before_is_in_no_group(tmp_path: Path) -> None:
+    """The reference is evaluated alone and then asked for among others: its digits stay, and the groups of an
+    attempt that finds its file are those of the attempt that wrote it."""
+    sums = []
+    for killed in (False, True):
+        first = Simulation(fails_at=2 if killed else None)
+        with alone() as world:
+            evaluator = evaluator_of(tmp_path / str(killed), first, world)
+            reference = evaluator.evaluate(U[2:3])
+            if killed:
+                with pytest.raises(KeyboardInterrupt):
+                    evaluator.evaluate(U)
+            else:
+                sums.append(evaluator.evaluate(U).sums)
+                assert [len(rows) for rows in first.calls] == [1, 3, 3]
+                assert evaluator.work[False] == Work(candidates=7, samples=35), "each once"
+                np.testing.assert_array_equal(sums[0][2], reference.sums[0])
+    second = Simulation()
+    with alone() as world:
+        evaluator = evaluator_of(tmp_path / "True", second, world)
+        evaluator.evaluate(U[2:3])
+        sums.append(evaluator.evaluate(U).sums)
+        assert evaluator.work[False] == Work(candidates=7, samples=35), "of both attempts"
+    assert [len(rows) for rows in second.calls] == [3]
+    np.testing.assert_array_equal(*sums)
+
+
+def test_work_is_counted_by_samples_and_kind(tmp_path: Path) -> None:
+    ticks: list[int] = []
+    with alone() as world:
+        evaluator = evaluator_of(tmp_path / "e", Stopped(), world, on_progress=ticks.append)
+        evaluator.evaluate(U, stopping=stopping())
+        assert evaluator.work[False] == Work(candidates=7, samples=2 * 5 + 5 * 2)
+        evaluator.evaluate(U[:1])
+        assert evaluator.work[False] == Work(candidates=8, samples=25), "in full is another evaluation"
+        evaluator.evaluate(U[:1], gradients=True)
+        assert evaluator.work[True] == Work(candidates=1, samples=5)
+        evaluator.evaluate(U[:1])
+        assert evaluator.work[False] == Work(candidates=8, samples=25)
+    assert sum(ticks) == 5, "the last one was read"
