@@ -23,7 +23,8 @@ beside those of the library products: forward, x read and written once, and R J 
 du, G read and written once, and R J read.
 
 Memory between forward and backward: P [R, padded J] in the compute dtype where the coefficients, A or B need
-gradients, and x itself only where A does. P takes J / d_in of x's memory, and x is not read again for du.
+gradients, and x itself only where A does. P takes J / d_in of x's memory, and x is not read again for du. The
+stack of the matrices is kept too: without a prepared one, a copy of W for every call in the graph.
 """
 
 from __future__ import annotations
