@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,11 +52,7 @@ def _with_kernels(adapters: JointAdapters, dtype: torch.dtype, stack: ExitStack)
     model, family = adapters.model, family_of(adapters.model)
     ops = load_kernels(next(model.parameters()).device)
     if family is None:
-        log.warning(
-            "%s is no architecture whose norms and LM head are known: its linear layers use kernels, the "
-            "rest is plain torch",
-            type(model).__name__,
-        )
+        tell_unknown(type(model).__name__)
     _keep_one_dtype(adapters, family, dtype, stack)
     readers = _readers(adapters, family)
     products = KernelProducts(
@@ -79,6 +75,16 @@ def _with_kernels(adapters: JointAdapters, dtype: torch.dtype, stack: ExitStack)
         assert isinstance(head, nn.Linear)
         stack.enter_context(fusing_head(model, backbone, products.hidden_losses(head)))
     return products
+
+
+@cache
+def tell_unknown(architecture: str) -> None:
+    """In the log, once."""
+    log.warning(
+        "%s is no architecture whose norms and LM head are known: its linear layers use kernels, the rest is "
+        "plain torch",
+        architecture,
+    )
 
 
 def _readers(adapters: JointAdapters, family: Family | None) -> list[tuple[Readers, nn.Module | None]]:

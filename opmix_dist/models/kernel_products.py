@@ -78,7 +78,7 @@ class KernelProducts(CastProducts):
 
     def _joint(self, layer: JointLoRALinear, x: Tensor) -> Tensor:
         return self.ops.joint_lora_linear(
-            x,
+            self.cast(layer, x),
             self.weight(layer),
             layer.A,
             layer.B,
@@ -106,7 +106,7 @@ class KernelProducts(CastProducts):
             self._stacks[layer] = self.ops.LowRankStack.build(layer.base.weight, A, B, self.dtype)
         stack = self._stacks[layer]
         return self.ops.gated_lowrank_linear(
-            x,
+            self.cast(layer, x),
             stack.weight,
             A,
             B,
@@ -174,7 +174,7 @@ class KernelProducts(CastProducts):
         weight = head.weight.detach().to(self.dtype)
 
         def losses(hidden: Tensor, targets: Tensor) -> Tensor:
-            found = self.ops.linear_cross_entropy(hidden.to(self.dtype), weight, targets)
+            found = self.ops.linear_cross_entropy(hidden, weight, targets)
             one = torch.zeros(targets.shape[1], dtype=torch.int64, device=targets.device)
             return self.ops.segment_sums(found, one, 1)[:, 0]
 

@@ -74,7 +74,7 @@ class Products:
 
 
 class SharedInput:
-    """What layers that read the same tensor make of it once, without gradients.
+    """What layers that read the same tensor make of it once.
 
     A reader is known by the identity of its input. Nothing stays when all have read.
     """
@@ -132,29 +132,21 @@ class CastProducts(Products):
         self._is_merged = False
 
     def __call__(self, layer: JointLoRALinear, x: Tensor) -> Tensor:
-        if self.state.mode is Mode.TRAIN:
-            return self.joint(layer, self.cast(layer, x))
-        if self.state.mode is Mode.SIMULATE:
-            return self.simulated(layer, x)
+        state, x = self.state, self.cast(layer, x)
         weight = self._merged[layer] if self._is_merged else self.weight(layer)
-        return F.linear(self.cast(layer, x), weight, self.bias(layer))
-
-    def joint(self, layer: JointLoRALinear, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight(layer), self.bias(layer))
-        A, B = layer.A.to(self.dtype), layer.B.to(self.dtype)
-        return add_joint(y, x, A, B, self.state.scale, self.state.drop)
-
-    def simulated(self, layer: JointLoRALinear, x: Tensor) -> Tensor:
-        x = self.cast(layer, x)
-        y = F.linear(x, self.weight(layer), self.bias(layer))
-        A, B = layer.A.detach().to(self.dtype), layer.B.detach().to(self.dtype)
-        return add_simulated(y, x, A, B, self.state.scale, self.state.gates)
+        y = F.linear(x, weight, self.bias(layer))
+        if state.mode is Mode.TRAIN:
+            A, B = layer.A.to(self.dtype), layer.B.to(self.dtype)
+            return add_joint(y, x, A, B, state.scale, state.drop)
+        if state.mode is Mode.SIMULATE:
+            A, B = layer.A.detach().to(self.dtype), layer.B.detach().to(self.dtype)
+            return add_simulated(y, x, A, B, state.scale, state.gates)
+        return y
 
     def cast(self, layer: JointLoRALinear, x: Tensor) -> Tensor:
-        """x in the compute dtype; one copy for all that read it, unless each hands back a gradient: those
-        are then summed in x's own dtype."""
-        if x.dtype == self.dtype or x.requires_grad:
-            return x.to(self.dtype)
+        """x in the compute dtype; one copy for all that read it."""
+        if x.dtype == self.dtype:
+            return x
         return self.readers[layer].shared.take(x, lambda x: x.to(self.dtype))
 
     def weight(self, layer: JointLoRALinear) -> Tensor:

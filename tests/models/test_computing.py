@@ -123,16 +123,17 @@ def test_everything_is_given_back(model_type: str, compute: Compute) -> None:
     assert not any(module._forward_hooks for module in adapters.model.modules())
 
 
-def test_gradients_of_coefficients_in_sixteen_bits() -> None:
-    adapters = adapt(build("qwen3"))
+@pytest.mark.parametrize("model_type", ["qwen3", "olmo2"])
+def test_gradients_of_coefficients_in_sixteen_bits(model_type: str) -> None:
+    adapters = adapt(build(model_type))
     slopes = []
     for compute in (FLOAT32, BF16):
-        gates = torch.from_numpy(U).float().requires_grad_()
+        gates = torch.from_numpy(U[:1]).repeat(len(BATCH), 1).float().requires_grad_()
         with adapters.computing(compute), adapters.simulating(gates):
-            sample_losses(adapters.model, BATCH.repeat(len(U))).sum().backward()
+            sample_losses(adapters.model, BATCH).sum().backward()
         slopes.append(gates.grad)
     assert all(p.grad is None for p in adapters.parameters())
-    assert (slopes[1] - slopes[0]).abs().max() < 5e-2 * slopes[0].abs().max()
+    assert 1e-3 < rms(slopes[1] - slopes[0]) / rms(slopes[0]) < 6e-2
 
 
 def test_training_in_sixteen_bits_gives_float32_gradients() -> None:

@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 import opmix_kernels
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.models.compute import Compute
+from opmix_dist.models.computing import tell_unknown
 from opmix_dist.models.lora import JointAdapters
 from opmix_dist.models.loss import sample_losses
 from opmix_dist.pool.probes import train_probes
@@ -255,9 +256,14 @@ def test_an_unknown_architecture_keeps_its_norms_and_its_head(
 ) -> None:
     """Cohere scales its logits, and its attention and MLP read one norm's output."""
     adapters = adapt(small("cohere"))
-    with caplog.at_level(logging.WARNING), adapters.computing(KERNELS):
+    tell_unknown.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            with adapters.computing(KERNELS):
+                pass
+    assert caplog.text.count("CohereForCausalLM is no architecture whose norms and LM head are known") == 1
+    with adapters.computing(KERNELS):
         found = simulated(adapters)
-    assert "CohereForCausalLM is no architecture whose norms and LM head are known" in caplog.text
     assert +calls == Counter(norm_shrink_gate=len(adapters.layers))
     torch.testing.assert_close(found.double(), references("cohere", adapters), rtol=2e-6, atol=1e-6)
 
