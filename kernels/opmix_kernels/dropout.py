@@ -75,14 +75,6 @@ def keep_mask(seeds: Tensor, step: int | Tensor, rows: int, columns: int, p: flo
     return numbers.flatten(2)[..., :columns] >= threshold_of(p)
 
 
-def derived_seeds(seeds: Tensor, index: int) -> Tensor:
-    """Seeds [K] of layer ``index`` from those of the adapters [K], int64: layers of one size must not share a
-    mask, and a layer's must not depend on the other adapters."""
-    zero = torch.zeros_like(seeds)
-    low, high, *_ = philox((zero + index, zero, zero, zero + _WORD), seeds)  # no step counts so far
-    return low | (high << 32)
-
-
 @triton.jit
 def kept(seed, step, rows, first_column, threshold, COLUMNS: tl.constexpr):
     """Mask [len(rows), COLUMNS] of these rows within their group; first_column is a multiple of 8."""

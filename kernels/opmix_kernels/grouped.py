@@ -29,7 +29,7 @@ from torch import Tensor
 
 from opmix_kernels.dropout import NO_DROPOUT, Dropout, kept
 from opmix_kernels.language import dot, offset, rounded
-from opmix_kernels.runtime import Config, Kernel, cdiv
+from opmix_kernels.runtime import ARCHITECTURES, Config, Kernel, cdiv
 
 
 @triton.jit
@@ -97,13 +97,18 @@ def expand_kernel(
     rows, groups, per_group, D, rank, threshold, y_row, f_group, f_rank, f_column,
     GROUPS: tl.constexpr, BJ: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """One tile [BR, BD] of Y [rows, D], summed over the rank."""
-    group, begin, first, end = group_of(tl.program_id(0), OFFSETS, rows, groups, per_group, BR, GROUPS)
+    """One tile [BR, BD] of Y [rows, D], summed over the rank. Neighbouring programs have the same rows."""
+    across = tl.cdiv(D, BD)
+    tile, first_column = tl.program_id(0) // across, tl.program_id(0) % across * BD
+    group, begin, first, end = group_of(tile, OFFSETS, rows, groups, per_group, BR, GROUPS)
     if first >= end:
         return
     ts = first + tl.arange(0, BR)
-    columns = tl.program_id(1) * BD + tl.arange(0, BD)
+    columns = first_column + tl.arange(0, BD)
     in_rows, in_columns = ts < end, columns < D
+    where = Y + offset(ts, y_row)[:, None] + columns[None, :]
+    inside = in_rows[:, None] & in_columns[None, :]
+    y = tl.load(where, mask=inside, other=0.0)  # on its way while the product is computed
     h_rows = H + offset(ts, rank)[:, None]
     f_columns = F + offset(group, f_group) + columns[None, :] * f_column
     total = tl.zeros((BR, BD), dtype=tl.float32)
@@ -115,12 +120,8 @@ def expand_kernel(
         total = dot(h, f, total)
     if SEEDS is not None:
         seed, step = tl.load(SEEDS + group), tl.load(STEP)
-        keep = kept(seed, step, ts - begin, tl.program_id(1) * BD, threshold, BD)
-        total = tl.where(keep, total, 0.0)
-    where = Y + offset(ts, y_row)[:, None] + columns[None, :]
-    inside = in_rows[:, None] & in_columns[None, :]
-    y = tl.load(where, mask=inside, other=0.0).to(tl.float32)
-    tl.store(where, rounded(y + total, Y.dtype.element_ty), mask=inside)
+        total = tl.where(kept(seed, step, ts - begin, first_column, threshold, BD), total, 0.0)
+    tl.store(where, rounded(y.to(tl.float32) + total, Y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -129,13 +130,15 @@ def outer_kernel(
     rows, groups, per_group, D, rank, threshold, x_row, p_column, p_rank,
     GROUPS: tl.constexpr, CHUNK: tl.constexpr, BJ: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """One tile [BD, BJ] of the outer product [D, rank] over at most CHUNK rows of one group."""
-    chunk = tl.program_id(0)
+    """One tile [BD, BJ] of the outer product [D, rank] over at most CHUNK rows of one group. Neighbouring
+    programs have the same rows."""
+    across = tl.cdiv(D, BD)
+    chunk, first_column = tl.program_id(0) // across, tl.program_id(0) % across * BD
     group, begin, first, end = group_of(chunk, OFFSETS, rows, groups, per_group, CHUNK, GROUPS)
     if first >= end:
         return  # and the sum does not read it
-    columns = tl.program_id(1) * BD + tl.arange(0, BD)
-    js = tl.program_id(2) * BJ + tl.arange(0, BJ)
+    columns = first_column + tl.arange(0, BD)
+    js = tl.program_id(1) * BJ + tl.arange(0, BJ)
     in_columns, in_rank = columns < D, js < rank
     stop = tl.minimum(first + CHUNK, end)
     if SEEDS is not None:
@@ -149,8 +152,7 @@ def outer_kernel(
         h = tl.load(H + offset(ts, rank)[:, None] + js[None, :],
                     mask=in_rows[:, None] & in_rank[None, :], other=0.0)  # fmt: skip
         if SEEDS is not None:
-            keep = kept(seed, step, ts - begin, tl.program_id(1) * BD, threshold, BD)
-            x = tl.where(keep, x, 0.0)
+            x = tl.where(kept(seed, step, ts - begin, first_column, threshold, BD), x, 0.0)
         total = dot(tl.trans(x), h, total)
     where = PARTIAL + offset(chunk, D * rank) + columns[:, None] * p_column + js[None, :] * p_rank
     tl.store(where, total, mask=in_columns[:, None] & in_rank[None, :])
@@ -179,16 +181,29 @@ def add_chunks_kernel(
     tl.store(OUT + offset(group, size) + elements, rounded(total, OUT.dtype.element_ty), mask=inside)
 
 
-_ALL = ("sm_80", "sm_90", "gfx942")
-_ROWS = Config({"BR": 64, "BD": 64}, warps=4, stages=3)
-_ROWS_FLOAT32 = Config({"BR": 32, "BD": 32}, warps=4, stages=2)
-_TILE = Config({"BR": 64, "BD": 64}, warps=4, stages=2)
-_TILE_FLOAT32 = Config({"BR": 32, "BD": 64}, warps=4, stages=2)
-SHRINK = Kernel(shrink_kernel, {a: {2: [_ROWS], 4: [_ROWS_FLOAT32]} for a in _ALL}, is_product=True)
-EXPAND = Kernel(expand_kernel, {a: {2: [_TILE], 4: [_TILE_FLOAT32]} for a in _ALL}, is_product=True)
-OUTER = Kernel(outer_kernel, {a: {2: [_ROWS], 4: [_ROWS_FLOAT32]} for a in _ALL}, is_product=True)
+_HALVES = (Config({"BR": 64, "BD": 64}, warps=4, stages=3), Config({"BR": 128, "BD": 64}, warps=8, stages=3))
+_HALVES_IN_PLACE = (
+    Config({"BR": 64, "BD": 64}, warps=4, stages=2),
+    Config({"BR": 64, "BD": 128}, warps=8, stages=2),
+)
+_HALVES_OUTER = (
+    Config({"BR": 64, "BD": 64}, warps=4, stages=3),
+    Config({"BR": 64, "BD": 128}, warps=8, stages=3),
+)
+_FLOAT32 = (Config({"BR": 32, "BD": 32}, warps=4, stages=2),)
+_FLOAT32_IN_PLACE = (Config({"BR": 32, "BD": 64}, warps=4, stages=2),)
+SHRINK = Kernel(
+    shrink_kernel,
+    {a: {2: _HALVES, 4: _FLOAT32} for a in ARCHITECTURES},
+    is_product=True,
+    name="grouped_shrink_kernel",
+)
+EXPAND = Kernel(
+    expand_kernel, {a: {2: _HALVES_IN_PLACE, 4: _FLOAT32_IN_PLACE} for a in ARCHITECTURES}, is_product=True
+)
+OUTER = Kernel(outer_kernel, {a: {2: _HALVES_OUTER, 4: _FLOAT32} for a in ARCHITECTURES}, is_product=True)
 ADD_CHUNKS = Kernel(
-    add_chunks_kernel, {a: {4: [Config({"BE": 1024}, warps=4)]} for a in _ALL}, is_product=False
+    add_chunks_kernel, {a: {4: (Config({"BE": 1024}, warps=4),)} for a in ARCHITECTURES}, is_product=False
 )
 
 
@@ -256,7 +271,7 @@ def expand_(y: Tensor, h: Tensor, factors: Tensor, groups: Groups, dropout: Drop
     rows, width = y.shape
     rank = factors.shape[1]
     EXPAND(
-        lambda b: (groups.tiles(rows, b["BR"]), cdiv(width, b["BD"])),
+        lambda b: (groups.tiles(rows, b["BR"]) * cdiv(width, b["BD"]),),
         like=y,
         constexprs={"GROUPS": groups.width, "BJ": _rank_tile(rank, 64)},
         H=h, F=factors, Y=y, D=width, rank=rank, y_row=y.stride(0),
@@ -285,7 +300,7 @@ def outer(
     chunk = min(64 * tile, 2048)
     partial = torch.empty(groups.tiles(rows, chunk), width * rank, dtype=torch.float32, device=x.device)
     OUTER(
-        lambda b: (len(partial), cdiv(width, b["BD"]), cdiv(rank, tile)),
+        lambda b: (len(partial) * cdiv(width, b["BD"]), cdiv(rank, tile)),
         like=x,
         constexprs={"GROUPS": groups.width, "CHUNK": chunk, "BJ": tile},
         X=x, H=h, PARTIAL=partial, D=width, rank=rank, x_row=x.stride(0),

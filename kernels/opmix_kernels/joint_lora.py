@@ -71,8 +71,8 @@ def joint_lora_linear(
             groups.
         dropout: share of x's elements that the adapters do not see, to a multiple of 2^-16; the others are
             divided by the share that is kept.
-        seeds: int64 [K] on x's device, one per adapter and layer (``dropout.derived_seeds``): two layers with
-            the same seeds would drop the same elements.
+        seeds: int64 [K] on x's device, of the adapters in this layer: two layers with the same seed would
+            drop the same elements.
         step: int, or int64 scalar tensor on x's device, that makes another mask: a count of forward passes.
 
     Raises:
