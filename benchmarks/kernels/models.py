@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.kernels.baselines import PeftMix, Stacked, chunked_losses, torch_losses
 from benchmarks.kernels.measure import Bench, graphed
+from opmix_kernels.cost import Decoder
 
 RANK, ALPHA = 16, 32
 PASS_TOKENS = 65_536
@@ -50,20 +51,10 @@ class Llama:
     vocab: int
 
     @property
-    def kv_width(self) -> int:
-        return self.width // self.heads * self.kv_heads
-
-    @property
-    def linear_weights(self) -> int:
-        """Of all linear layers but the head."""
-        attention = 2 * self.width * (self.width + self.kv_width)
-        return self.layers * (attention + 3 * self.width * self.intermediate)
-
-    def flops_per_token(self, length: int) -> float:
-        """Of a forward pass without adapters: what every path must do. Only the causal half of attention's
-        products counts: 2 T products of width d_model and layer."""
-        products = self.linear_weights + self.width * self.vocab
-        return 2.0 * products + 2.0 * length * self.width * self.layers
+    def decoder(self) -> Decoder:
+        """For the cost model."""
+        kv_width = self.width // self.heads * self.kv_heads
+        return Decoder(self.width, kv_width, self.intermediate, self.layers, self.vocab)
 
     def build(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
         """The same weights for each dtype, rounded to it."""
@@ -119,7 +110,7 @@ class Sweep:
 
     @property
     def flops(self) -> float:
-        return self.candidates * self.tokens * self.model.flops_per_token(self.length)
+        return self.candidates * self.tokens * self.model.decoder.flops_per_token(self.length)
 
     def held_out(self, bench: Bench) -> Tensor:
         """[N, T] tokens."""

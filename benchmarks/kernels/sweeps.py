@@ -62,7 +62,7 @@ def title(sweep: Sweep) -> str:
 
 
 def _sweep_cases(sweep: Sweep, disk_candidates: int) -> Iterator[Case]:
-    work = [Work(sweep.flops, 2.0 * sweep.model.linear_weights)]
+    work = [Work(sweep.flops, 0.0)]
 
     def case(path: str, build: Callable[[Bench, ExitStack], Run], *, ours: bool = False, note: str = "",
              needs: tuple[str, ...] = (), count: int = sweep.candidates) -> Case:  # fmt: skip

@@ -119,15 +119,13 @@ def chunked_cross_entropy(rows: int, width: int, vocab: int, itemsize: int = 2) 
 
 
 def gated_lowrank_backward(rows: int, d_in: int, d_out: int, columns: int, itemsize: int = 2) -> list[Work]:
-    """To x and the coefficients: [G | gated G B] from G, one GEMM with [W; A], and the sums of P Q, for which
-    P = X A^T is formed again."""
+    """To x and the coefficients: [gated G B | G] from G, which also sums P Q, and one GEMM with [A; W]. The
+    forward pass writes P [R, J], and it is read here."""
+    producer = norm_shrink_gate(rows, d_out, columns, itemsize)
+    kept = 2.0 * itemsize * rows * columns
     return [
-        norm_shrink_gate(rows, d_out, columns, itemsize),
+        Work(producer.flops + 2.0 * rows * columns, producer.bytes + kept),
         dense(rows, d_out + columns, d_in, itemsize),
-        Work(
-            2.0 * rows * (d_in + d_out) * columns,
-            itemsize * (rows * (d_in + d_out) + columns * (d_in + d_out)),
-        ),
     ]
 
 
@@ -242,6 +240,27 @@ def llama_block(width: int, kv_width: int, intermediate: int, adapters: int, ran
     )
 
 
+def llama_elementwise(rows: int, width: int, kv_width: int, intermediate: int) -> list[Work]:
+    """What a block does between its products, kernel by kernel as transformers runs it, with products in 16
+    bits and a float32 residual stream: SiLU and its product; rotary embedding (two products, a rotation in
+    three passes, a sum); two residual sums; attention's operands once and its result rearranged.
+
+    Norms (:meth:`Layer.wide` and :meth:`Layer.dense` have them) and attention's arithmetic are left out.
+    """
+    heads = width + kv_width
+    moved = (
+        2 * 2 * intermediate,  # SiLU
+        3 * 2 * intermediate,  # times up
+        *(2 * 2 * heads, 2 * 2 * heads),  # times cos, times sin
+        *(2 * heads, 2 * 2 * heads),  # half of it negated, both halves joined
+        3 * 2 * heads,  # their sum
+        *(2 * (4 + 2 + 4) * width,),  # residual sums
+        2 * 2 * heads,  # attention reads q, k, v and writes its result
+        2 * 2 * width,  # heads side by side again
+    )
+    return [Work(0.0, float(rows * each)) for each in moved]
+
+
 def crossover(ceilings: Ceilings, layers: Sequence[Layer], rows: int = 65_536) -> float:
     """Tokens per candidate above which merging each candidate costs less than [X | Z] x [W | B].
 
@@ -256,3 +275,43 @@ def crossover(ceilings: Ceilings, layers: Sequence[Layer], rows: int = 65_536) -
         ceilings.seconds(layer.wide(rows)) - ceilings.seconds(layer.dense(rows)) for layer in layers
     )
     return merging / (low_rank / rows)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Sizes of a Llama-like model of L blocks, for what a sweep of candidates can reach."""
+
+    width: int
+    kv_width: int
+    intermediate: int
+    layers: int
+    vocab: int
+
+    def flops_per_token(self, length: int) -> float:
+        """Of a forward pass without adapters: all products, and the causal half of attention's two over T
+        tokens, 2 T d FLOPs for each block."""
+        attention = 2 * self.width * (self.width + self.kv_width)
+        weights = self.layers * (attention + 3 * self.width * self.intermediate) + self.width * self.vocab
+        return 2.0 * weights + 2.0 * length * self.width * self.layers
+
+    def attainable(
+        self, ceilings: Ceilings, *, tokens: int, length: int, adapters: int, rank: int,
+        elementwise: bool = True, rows: int = 65_536,
+    ) -> float:  # fmt: skip
+        """Largest share of the floor (FLOPs over the ceiling) that a sweep can reach: every kernel at its own
+        floor, head and attention included, and the cheaper of low-rank terms and merging.
+
+        Args:
+            tokens: of a candidate; length: of a sample.
+            elementwise: count :func:`llama_elementwise`; without: as if they were free, fused into products.
+            rows: of one forward pass.
+        """
+        block = llama_block(self.width, self.kv_width, self.intermediate, adapters, rank)
+        floor = self.flops_per_token(length) / ceilings.flops
+        plain = sum(ceilings.seconds(layer.dense(rows)) for layer in block)
+        norms = plain - sum(layer.gemm_seconds(ceilings, rows) for layer in block)
+        low_rank = sum(ceilings.seconds(layer.wide(rows)) for layer in block) - plain
+        merging = sum(ceilings.seconds(layer.merges()) for layer in block) * rows / tokens
+        others = llama_elementwise(rows, self.width, self.kv_width, self.intermediate) if elementwise else []
+        beyond = norms + min(low_rank, merging) + ceilings.seconds(others)
+        return floor / (floor + self.layers * beyond / rows)

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from opmix_kernels.cost import (
     Ceilings,
+    Decoder,
     Layer,
     Work,
     chunked_cross_entropy,
@@ -19,6 +22,7 @@ from opmix_kernels.cost import (
     linear_cross_entropy,
     linear_cross_entropy_backward,
     llama_block,
+    llama_elementwise,
     merge,
     segment_sums,
     total,
@@ -54,8 +58,10 @@ def test_counts_of_small_operations() -> None:
     assert total(joint_lora(10, 3, 5, 2, 4)).flops == 300 + 320
     # the mirror image, and outer products of r with 3 and 5 columns
     assert total(joint_lora_backward(10, 3, 5, 2, 4)).flops == 300 + 320 + 320
-    # G B (2*10*5*4), wide GEMM (2*10*(5+4)*3), P and Q (2*10*(3+5)*4)
-    assert total(gated_lowrank_backward(10, 3, 5, 4)).flops == 400 + 540 + 640
+    # G B (2*10*5*4), sums of P Q (2*10*4), wide GEMM (2*10*(5+4)*3)
+    assert total(gated_lowrank_backward(10, 3, 5, 4)).flops == 400 + 80 + 540
+    # G read and written, Z written, P written and read; B; the GEMM's 10 * (9 + 3) + 9 * 3
+    assert total(gated_lowrank_backward(10, 3, 5, 4)).bytes == 2 * (10 * (2 * 5 + 3 * 4) + 20 + 120 + 27)
     assert segment_sums(2, 10, 3) == Work(0.0, 80 + 80 + 48)
 
 
@@ -140,3 +146,46 @@ def test_a_llama_block_reads_each_input_once() -> None:
     produced, q, k, v = block[0].wide(1)
     assert produced.flops == 2 * 2048 * 3 * 112
     assert [q.flops, k.flops, v.flops] == [2 * 2160 * 2048, 2 * 2160 * 512, 2 * 2272 * 512]
+
+
+SMALL = Decoder(768, 768, 2048, 16, 50_304)
+LARGE = Decoder(2048, 512, 8192, 16, 128_256)
+SWEEPS = ((512, 512), (4096, 2048), (32_768, 2048))
+"""Tokens of a candidate and of a sample."""
+
+
+def test_what_a_block_moves_between_its_products() -> None:
+    """Bytes a token: 10 f for SiLU and its product, 20 (d + kv) for rotary embeddings, 20 d for residual
+    sums, 4 (d + kv) + 4 d around attention."""
+    moved = total(llama_elementwise(1, 2048, 512, 8192)).bytes
+    assert moved == 10 * 8192 + 24 * (2048 + 512) + 24 * 2048
+
+
+def test_flops_of_a_token() -> None:
+    assert Decoder(2, 1, 3, 5, 7).flops_per_token(4) == 2 * (5 * (12 + 18) + 14) + 2 * 4 * 2 * 5
+
+
+def test_the_page_gives_these_numbers() -> None:
+    """docs/kernels.md, where the shares of the floor that sweeps can reach stand in a table."""
+    page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    for name, model in (("150M", SMALL), ("1B", LARGE)):
+        for tokens, length in SWEEPS:
+            eager, fused = (
+                model.attainable(
+                    H200, tokens=tokens, length=length, adapters=7, rank=16, elementwise=elementwise
+                )
+                for elementwise in (True, False)
+            )
+            assert f"| {name}, {tokens:,} tokens | {eager:.2f} | {fused:.2f} |" in page
+    for name, block in (
+        ("150M", llama_block(768, 768, 2048, 7, 16)),
+        ("1B", llama_block(2048, 512, 8192, 7, 16)),
+        ("8B", llama_block(4096, 1024, 14_336, 7, 16)),
+    ):
+        dense = sum(H200.seconds(layer.dense(65_536)) for layer in block)
+        shares = [
+            sum(H200.seconds(path(layer)) for layer in block) / dense - 1
+            for path in (lambda layer: layer.wide(65_536), lambda layer: layer.separate(65_536))
+        ]
+        cells = [f"{share:.0%}" for share in shares] + [f"{round(crossover(H200, block), -2):,.0f}"]
+        assert f"| {name} | {' | '.join(cells)} |" in page
