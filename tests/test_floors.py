@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "opmix_dist"
+KERNELS = ROOT / "kernels" / "opmix_kernels"
 FLOORS = re.findall(r"^\| `opmix_dist/(\w+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
 
 
@@ -34,4 +36,14 @@ def test_no_floor_imports_a_higher_one(floor: str) -> None:
     files = sorted((PACKAGE / floor).rglob("*.py"))
     assert files
     found = [f"{file}: {name}" for file in files for name in imported(file) if f"{name}.".startswith(higher)]
+    assert found == []
+
+
+def test_the_kernels_need_torch_and_triton_only() -> None:
+    allowed = {*sys.stdlib_module_names, "torch", "triton", "opmix_kernels"}
+    files = sorted(KERNELS.rglob("*.py"))
+    assert files
+    found = [
+        f"{file}: {name}" for file in files for name in imported(file) if name.split(".")[0] not in allowed
+    ]
     assert found == []
