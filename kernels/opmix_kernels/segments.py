@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.float64)
 
 
 def reference(losses: Tensor, segments: Tensor, num_segments: int) -> Tensor:
-    """The same in plain torch: a product with the segments' indicators, T S multiplications per candidate."""
+    """The same in plain torch, with M T S numbers in memory."""
     belongs = segments[:, None] == torch.arange(num_segments, device=segments.device)
     return torch.where(belongs, losses.double()[:, :, None], 0.0).sum(1)
 
@@ -65,16 +65,18 @@ def segment_sums(losses: Tensor, segments: Tensor, num_segments: int) -> Tensor:
         float64 [M, S]; 0 for a segment without positions.
 
     Raises:
-        ValueError: shapes or dtypes do not fit.
+        ValueError: shapes, dtypes or devices do not fit.
     """
     if losses.dim() != 2 or losses.dtype not in DTYPES:
-        raise ValueError(f"losses: [M, T] in {DTYPES} expected, not {losses.dtype} {list(losses.shape)}")
+        raise ValueError(f"losses is {list(losses.shape)} {losses.dtype}, not [M, T] in float32 or float64")
     if segments.shape != losses.shape[1:] or segments.dtype != torch.int64:
         raise ValueError(
-            f"segments: int64 [{losses.shape[1]}] expected, not {segments.dtype} {list(segments.shape)}"
+            f"segments is {list(segments.shape)} {segments.dtype}, not int64 [{losses.shape[1]}]"
         )
+    if segments.device != losses.device:
+        raise ValueError(f"segments is on {segments.device}, losses on {losses.device}")
     if num_segments < 0:
-        raise ValueError(f"num_segments: at least 0 expected, not {num_segments}")
+        raise ValueError(f"num_segments is {num_segments}, not at least 0")
     return _sums(losses, segments, num_segments)
 
 
