@@ -1,4 +1,4 @@
-"""gated_lowrank_linear and each of its gradients against float64, and what the coefficients' gradients are."""
+"""gated_lowrank_linear and each gradient against float64, and what the coefficients' gradients are."""
 
 from __future__ import annotations
 
