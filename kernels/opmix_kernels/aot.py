@@ -29,7 +29,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from opmix_kernels import cross_entropy, gated_lowrank, merge, segments, shrink
+from opmix_kernels import cross_entropy, gated_lowrank, joint_lora, merge, segments, shrink
 from opmix_kernels.language import INTERPRETED
 from opmix_kernels.runtime import (
     ARCHITECTURES,
@@ -53,7 +53,7 @@ SHARED_BYTES_OF_SMALL = 101_376
 DTYPES = ("bfloat16", "float16", "float32")
 MATRIX_INSTRUCTION = {"sm_80": r"\bHMMA\b", "sm_90": r"\bHGMMA\b", "gfx942": r"\bv_mfma_\w+"}
 
-EXAMPLES = (cross_entropy, gated_lowrank, merge, segments, shrink)
+EXAMPLES = (cross_entropy, gated_lowrank, joint_lora, merge, segments, shrink)
 """Modules of operations, each with a function `examples`."""
 
 _TYPES = {
