@@ -291,6 +291,6 @@ def examples(dtype: torch.dtype) -> None:
     with torch.device("meta"):
         A, U = torch.empty(3, 7, 16, 2048, dtype=dtype), torch.empty(64, 7)
         for stream in dict.fromkeys((dtype, torch.float32)):
-            x, g = torch.empty(65536, 2048, dtype=stream), torch.empty(2048, dtype=dtype)
+            x, g = torch.empty(65536, 2048, dtype=stream), torch.empty(2048, dtype=stream)
             shrink(x, padded_rows(A), U, 16, 3, 2.0, norm_weight=g, eps=1e-6)
             shrink(x, padded_rows(A[:1]), U, 16, 1, 2.0)
