@@ -1,6 +1,6 @@
 """What is known of architectures: where 16-bit products need a cast, which layers share an input, the head.
 
-Everything here holds for the classes of transformers 4.50 to 5 that the table names, and is used for those
+Everything here holds for the classes of transformers 4.57 and 5 that the table names, and is used for those
 alone: another class may scale its logits, cap its scores, or feed a norm's output to more than its linear
 layers.
 """

@@ -37,7 +37,7 @@ class KernelProducts(CastProducts):
     - simulation with gradients is ``gated_lowrank_linear``, training ``joint_lora_linear``, and merging
       ``merge_deltas``.
 
-    What is derived from the weights is made once and kept, for one of the two ways to simulate at a time.
+    What is derived from the weights is made once and kept, for one of these ways at a time.
 
     Args:
         seeds: of the adapters' dropout; every layer has a seed of its own from each.
@@ -58,10 +58,8 @@ class KernelProducts(CastProducts):
     ) -> None:
         super().__init__(state, dtype, readers)
         self.ops, self.dropout, self.step = ops, dropout, step
-        self._seeds = {
-            layer: torch.tensor([derive_seed(seed, "dropout", name) for seed in seeds], device=layer.A.device)
-            for layer, name in names.items()
-        }
+        self.names, self.seeds = names, seeds
+        self._layer_seeds: dict[JointLoRALinear, Tensor] = {}
         self._wide: dict[int, _Wide] = {}
         self._stacks: dict[JointLoRALinear, Any] = {}
 
@@ -85,9 +83,16 @@ class KernelProducts(CastProducts):
             scale=self.state.scale,
             bias=self.bias(layer),
             dropout=self.dropout,
-            seeds=self._seeds[layer],
+            seeds=self._seeds_of(layer),
             step=self.step(),
         )
+
+    def _seeds_of(self, layer: JointLoRALinear) -> Tensor:
+        """[K] int64: with equal ones, layers of one size would drop the same elements."""
+        if layer not in self._layer_seeds:
+            own = [derive_seed(seed, "dropout", self.names[layer]) for seed in self.seeds]
+            self._layer_seeds[layer] = torch.tensor(own, device=layer.A.device)
+        return self._layer_seeds[layer]
 
     def _combined(self, layer: JointLoRALinear, x: Tensor) -> Tensor:
         """The layer's columns of [X | Z], which the norm before it, the first reader of x or now this layer
@@ -103,6 +108,7 @@ class KernelProducts(CastProducts):
         A, B = layer.A.detach(), layer.B.detach()
         if layer not in self._stacks:
             self._wide.clear()
+            self._merged.clear()
             self._stacks[layer] = self.ops.LowRankStack.build(layer.base.weight, A, B, self.dtype)
         stack = self._stacks[layer]
         return self.ops.gated_lowrank_linear(
@@ -145,6 +151,7 @@ class KernelProducts(CastProducts):
     def _parts(self, readers: Readers) -> _Wide:
         if id(readers) not in self._wide:
             self._stacks.clear()
+            self._merged.clear()
             self._wide[id(readers)] = self._combine(readers.layers)
         return self._wide[id(readers)]
 

@@ -163,6 +163,7 @@ class CastProducts(Products):
     @contextmanager
     def merged(self, layers: Sequence[JointLoRALinear], u: Tensor) -> Iterator[None]:
         """As :meth:`Products.merged`, in buffers that stay for the next candidate."""
+        self.adapters_changed()  # what simulation has prepared would take as much memory again
         u = u.to(layers[0].A)
         for layer in layers:
             if layer not in self._merged:
