@@ -82,7 +82,16 @@ class Evaluating:
             with self.ledger.timed("trials"):
                 text = self._on_leader(lambda: self._decide(entered[0]).model_dump_json())
             self.plan = EvaluationPlan.model_validate_json(text)
+            self.together(lambda: self._require_alike(entered[0]))
             yield
+
+    def _require_alike(self, dtype: str) -> None:
+        """Ranks that computed in another way would give other digits."""
+        if (self.plan.dtype, self.plan.kernels) != (dtype, self.kernels):
+            raise SearchError(
+                f"this rank computes in {dtype} {'with' if self.kernels else 'without'} Triton kernels, the "
+                "first one does not: set search.kernels and search.candidates.dtype"
+            )
 
     def _decide(self, dtype: str) -> EvaluationPlan:
         trials = Trials(self.adapters, self.heldout, self.flops)

@@ -41,7 +41,14 @@ from opmix_dist.pool.plan import chosen_kernels
 from opmix_dist.pool.probe_groups import ProbeGroups
 from opmix_dist.pool.records import Outcome, write_outcome
 from opmix_dist.pool.requests import staying
-from opmix_dist.pool.solving import error_bars, overrated, sampled_losses, search_method, search_problem
+from opmix_dist.pool.solving import (
+    error_bars,
+    first_candidates,
+    overrated,
+    sampled_losses,
+    search_method,
+    search_problem,
+)
 from opmix_dist.pool.status import StatusWriter
 from opmix_dist.search.ask_tell import MixtureSearch, SearchResult
 from opmix_dist.search.feasibility import require_feasible_shares
@@ -232,12 +239,17 @@ class _Search:
         self.together(lambda: work() if self.world.is_leader else None)
 
     def _planned(self) -> int:
-        """Samples of candidates that this rank may expect: base, all asks, staying twice, proposal."""
-        settings = self.config.search
-        asked = settings.candidates.count + settings.refinement.rounds * settings.refinement.count
+        """Samples of candidates that this rank may expect: base, all asks, staying twice, proposal; and
+        before them what early stopping compares with."""
+        settings, ranks = self.config.search, self.world.size
         if settings.method == "gradient":
-            asked = settings.gradient.max_evaluations * self.world.size
-        return (-(-asked // self.world.size) + 4) * len(self.heldout.batch)
+            asked = settings.gradient.max_evaluations
+        else:
+            first = len(first_candidates(self.request, settings.candidates))
+            rounds = settings.refinement.rounds
+            asked = -(-first // ranks) + rounds * -(-settings.refinement.count // ranks)
+        compared = settings.candidates.early_stop is not None and not settings.wants_gradients
+        return (asked + 4 + compared) * len(self.heldout.batch)
 
     def _search(self) -> None:
         """The leader asks and is told; all ranks evaluate. Leaves the result on the leader."""

@@ -59,7 +59,7 @@ def search_method(problem: Problem, request: SearchRequest, settings: SearchConf
         )
     return LawSearch(
         problem,
-        _candidates(request, settings.candidates),
+        first_candidates(request, settings.candidates),
         seed=derive_seed(request.seed, "law"),
         family=settings.law.family,
         gradients=settings.gradients,
@@ -73,9 +73,9 @@ def search_method(problem: Problem, request: SearchRequest, settings: SearchConf
     )
 
 
-def _candidates(request: SearchRequest, settings: CandidateConfig) -> np.ndarray:
-    """U [M, K]. The current mixture is one of them by default: Dirichlet draws over many components lie far
-    from it, and a law that has to extrapolate to it misjudges what moving gains."""
+def first_candidates(request: SearchRequest, settings: CandidateConfig) -> np.ndarray:
+    """What laws begin with, U [M, K]. The current mixture is one of them by default: Dirichlet draws over
+    many components lie far from it, and a law that has to extrapolate to it misjudges what moving gains."""
     if request.new_domain:
         return two_probe_candidates(np.array(request.composition))
     components = len(request.components)

@@ -25,6 +25,7 @@ class StatusWriter:
     def enter(self, stage: SearchStage, *, total: int = 0, reason: str = "") -> None:
         """Move to a stage; written and logged at once."""
         self._stage, self._total, self._done = stage, total, 0
+        self._entered = time.monotonic()
         self._write(reason)
         self._log()
 
@@ -46,7 +47,14 @@ class StatusWriter:
         if self._writes:
             self._last_log = time.monotonic()
             count = f" {self._done}/{self._total}" if self._total else ""
-            log.info("search %s: %s%s", self._search.name, self._stage, count)
+            log.info("search %s: %s%s%s", self._search.name, self._stage, count, self._left())
+
+    def _left(self) -> str:
+        """How long the stage may still take, in words, from how long it took so far."""
+        if not 0 < self._done < self._total:
+            return ""
+        seconds = (time.monotonic() - self._entered) * (self._total - self._done) / self._done
+        return f", {seconds / 60:.0f} min left" if seconds >= 90 else f", {seconds:.0f} s left"
 
     def _write(self, reason: str = "") -> None:
         """A beat that cannot be written is no reason to end a search; the last word is tried again."""

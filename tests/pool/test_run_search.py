@@ -9,21 +9,26 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from opmix_dist.exchange.rundir import SearchDir
-from opmix_dist.exchange.schemas import SearchStage
+from opmix_dist.exchange.rundir import SearchDir, read_record
+from opmix_dist.exchange.schemas import EvaluationPlan, SearchStage
+from opmix_dist.models.flops import count_flops
 from opmix_dist.models.loss import paired_stderr
 from opmix_dist.pool import evaluating
 from opmix_dist.pool.candidates import Simulated
 from opmix_dist.pool.evaluations import Evaluations
+from opmix_dist.pool.plan import Planner
 from opmix_dist.pool.records import Outcome, proposal_record
 from opmix_dist.pool.requests import staying
+from opmix_dist.pool.status import StatusWriter
 from opmix_dist.search.ask_tell import SearchResult
 from opmix_dist.search.laws import Observations
 from opmix_dist.search.problem import Problem
 from opmix_dist.search.proposal import Proposal
 from opmix_dist.search_config import ProposalConfig
 from tests.conftest import DOMAINS
+from tests.helpers import tiny_llama
 from tests.pool.searches import CURRENT, answer, quick_config, request
 
 COMPONENTS = ["old", *DOMAINS]
@@ -267,3 +272,125 @@ def test_what_measuring_tells_against_a_proposal_is_said(finished: SearchDir) ->
     assert averaging.startswith(
         "the proposal mixes 4 probes in effect, the current mixture can be reached with 3.63"
     )
+
+
+EAGER = {"count": 7, "samples_per_domain": 8, "joint": 3, "batch_size": 4, "early_stop": 0.51}
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> SearchDir:
+    """A search that stops candidates at the slightest doubt."""
+    return searched(tiny_data, tmp_path_factory.mktemp("stopped") / "run", candidates=EAGER)
+
+
+def test_candidates_that_are_stopped_are_told_and_paid_for_as_such(stopped: SearchDir) -> None:
+    rows = pq.read_table(stopped.candidates_file).to_pylist()
+    tokens = {
+        kind: [row["tokens"] for row in rows if row["kind"] == kind] for kind in ("candidate", "snapshot")
+    }
+    in_full, by_candidate = tokens["snapshot"], np.array(tokens["candidate"]).reshape(7, 3)
+    seen = by_candidate.sum(axis=1) / sum(in_full)
+    assert seen[0] == 1, "staying is what the others are compared with"
+    assert (seen < 1).any(), "nothing was stopped: this shows nothing"
+    assert (by_candidate > 0).all()
+    stderr = np.array([row["stderr_change"] for row in rows if row["kind"] == "candidate"]).reshape(7, 3)
+    assert (stderr > 0).all()
+    # 8 x 3 samples of 64 tokens; snapshot, staying like the proposal and the proposal in full
+    samples = round(24 * seen.sum()) + 3 * 24
+    cost = stopped.proposal().costs["evaluation"]
+    assert cost.tokens == samples * 64
+    flops = count_flops(tiny_llama(vocab_size=512), 64, 2).lowrank_candidate(4)
+    assert cost.flops == pytest.approx(cost.tokens * flops)
+
+
+@pytest.mark.parametrize("calls", [2, 4])
+def test_a_search_that_stops_candidates_goes_on_to_the_same_proposal(
+    stopped: SearchDir, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    """Killed in the first or the second group of candidates; the plan is read again, not made again."""
+    config = quick_config(tiny_data, tmp_path / "run", candidates=EAGER)
+    search = request(config)
+    simulate = evaluating.simulate_sums
+    evaluated: list[int] = []
+
+    def killed(adapters: Any, U: np.ndarray, *rest: Any, **options: Any) -> Simulated:
+        if len(evaluated) == calls:
+            raise Killed
+        evaluated.append(len(U))
+        return simulate(adapters, U, *rest, **options)
+
+    monkeypatch.setattr(evaluating, "simulate_sums", killed)
+    with pytest.raises(Killed):
+        answer(config, search)
+    assert len(list(search.evaluations.iterdir())) == sum(evaluated)
+    monkeypatch.setattr(evaluating, "simulate_sums", simulate)
+    monkeypatch.setattr(Planner, "_decided", lambda planner: pytest.fail("decided twice"))
+    answer(config, search)
+    assert lasting(search) == lasting(stopped)
+    ours, theirs = search.proposal().costs["evaluation"], stopped.proposal().costs["evaluation"]
+    assert (ours.tokens, ours.flops) == (theirs.tokens, theirs.flops), "of all attempts"
+
+
+def test_progress_counts_samples_and_ends_where_it_was_said_to(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = quick_config(tiny_data, tmp_path / "run", candidates=EAGER)
+    search, done = request(config), []
+    enter, advance = StatusWriter.enter, StatusWriter.advance
+
+    def entered(self: StatusWriter, stage: SearchStage, *, total: int = 0, reason: str = "") -> None:
+        done.append((stage, total, 0))
+        enter(self, stage, total=total, reason=reason)
+
+    def advanced(self: StatusWriter, count: int) -> None:
+        done.append((*done[-1][:2], count))
+        advance(self, count)
+
+    monkeypatch.setattr(StatusWriter, "enter", entered)
+    monkeypatch.setattr(StatusWriter, "advance", advanced)
+    answer(config, search)
+    counts = [(total, count) for stage, total, count in done if stage is SearchStage.EVALUATING]
+    assert {total for total, _ in counts} == {(7 + 5) * 24}
+    assert [count for _, count in counts] == sorted(count for _, count in counts)
+    # snapshot; staying, which is read again as a candidate and in the end; six others; staying like the
+    # proposal, and the proposal
+    assert counts[-1] == ((7 + 5) * 24, (1 + 3 + 6 + 1 + 1) * 24)
+    assert len(counts) > 30, "more often than once for each candidate"
+
+
+def test_running_out_of_memory_begins_the_evaluation_again_with_smaller_passes(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    candidates = {"samples_per_domain": 8, "joint": 2, "batch_size": 8}
+    config = quick_config(tiny_data, tmp_path / "run", candidates=candidates)
+    search = request(config)
+    simulate = evaluating.simulate_sums
+
+    def short_of_memory(adapters: Any, U: np.ndarray, *rest: Any, **options: Any) -> Simulated:
+        if len(U) * options["batch_size"] > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return simulate(adapters, U, *rest, **options)
+
+    monkeypatch.setattr(evaluating, "simulate_sums", short_of_memory)
+    answer(config, search)
+    assert read_record(search.plan_file, EvaluationPlan).batch_size == 4
+    assert "begins again with 2 candidates of 4 samples in a pass" in caplog.text
+    small = searched(tiny_data, tmp_path / "small", candidates={**candidates, "batch_size": 4})
+    assert lasting(search) == lasting(small)
+
+
+def test_a_search_with_kernels_finds_what_one_in_plain_torch_finds(tiny_data: Path, tmp_path: Path) -> None:
+    """In Triton's interpreter: probes, candidates and the fused LM head."""
+    tiny = {
+        "probes": {"steps": 2, "batch_size": 1, "rank": 2, "dropout": 0.0},
+        "candidates": {"count": 3, "samples_per_domain": 1, "joint": 3, "method": "lowrank"},
+        "proposal": {"bootstrap": 0},
+    }
+    found = [
+        searched(tiny_data, tmp_path / kernels, kernels=kernels, **tiny) for kernels in ("torch", "triton")
+    ]
+    plain, fast = (search.proposal() for search in found)
+    assert [read_record(search.plan_file, EvaluationPlan).kernels for search in found] == [False, True]
+    assert fast.simulated == pytest.approx(plain.simulated, rel=1e-5)
+    assert fast.weights == pytest.approx(plain.weights, abs=1e-3)
+    assert fast.simulated != plain.simulated, "nothing was computed otherwise"
