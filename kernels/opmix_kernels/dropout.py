@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from opmix_kernels.language import halves
+
 COLUMNS_PER_CALL = 8
 _LEVELS = 1 << 16
 _WORD = 0xFFFFFFFF
@@ -59,6 +61,13 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tupl
     return c0, c1, c2, c3
 
 
+def sixteen_bits(words: tuple[Tensor, ...]) -> Tensor:
+    """Four blocks [..., K] of words as numbers below 2^16 [..., 8 K], in the order of
+    :func:`opmix_kernels.language.halves`."""
+    stacked = torch.stack(torch.broadcast_tensors(*words), dim=-1)
+    return torch.stack((stacked & 0xFFFF, stacked >> 16), dim=-1).flatten(-3)
+
+
 def keep_mask(seeds: Tensor, step: int | Tensor, rows: int, columns: int, p: float) -> Tensor:
     """Which elements stay: bool [K, rows, columns] for groups of ``rows`` rows.
 
@@ -70,9 +79,8 @@ def keep_mask(seeds: Tensor, step: int | Tensor, rows: int, columns: int, p: flo
     step = torch.as_tensor(step, device=device)
     blocks = torch.arange(triton.cdiv(columns, COLUMNS_PER_CALL), device=device)
     counter = (blocks, torch.arange(rows, device=device)[:, None], step & _WORD, (step >> 32) & _WORD)
-    words = torch.stack(torch.broadcast_tensors(*philox(counter, seeds[:, None, None])), dim=-1)
-    numbers = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # [K, rows, blocks, 4 words, 2 halves]
-    return numbers.flatten(2)[..., :columns] >= threshold_of(p)
+    numbers = sixteen_bits(philox(counter, seeds[:, None, None]))  # [K, rows, 8 blocks]
+    return numbers[..., :columns] >= threshold_of(p)
 
 
 @triton.jit
@@ -82,9 +90,7 @@ def kept(seed, step, rows, first_column, threshold, COLUMNS: tl.constexpr):
     w0, w1, w2, w3 = tl.philox(
         seed, blocks[None, :], rows[:, None], step.to(tl.uint32), (step >> 32).to(tl.uint32)
     )
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # the last index counts fastest: w0 w1 w2 w3
-    numbers = tl.join(words & 0xFFFF, words >> 16)
-    return tl.reshape(numbers, (rows.shape[0], COLUMNS)) >= threshold
+    return halves(w0, w1, w2, w3) >= threshold
 
 
 @dataclass(frozen=True)

@@ -37,3 +37,11 @@ def rounded(x, dtype: tl.constexpr):
 def offset(index, stride):
     """index * stride in 64 bits: products of rows and strides pass 2^31."""
     return tl.cast(index, tl.int64) * stride
+
+
+@triton.jit
+def halves(w0, w1, w2, w3):
+    """Four blocks [N, K] of 32-bit words as 16-bit numbers [N, 8 K]: neighbours in a row are the lower and
+    the upper half of a word of w0, of w1, of w2, of w3."""
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    return tl.interleave(words & 0xFFFF, words >> 16)

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opmix_kernels.dropout import philox
+from opmix_kernels.dropout import philox, sixteen_bits
+from opmix_kernels.language import halves
 
 GROUP = 8
 """Elements of a row that share one call."""
@@ -29,8 +30,8 @@ def reference(x: Tensor, seed: int) -> Tensor:
     counter = torch.arange(len(flat) * groups, device=x.device).reshape(len(flat), groups)
     zero = torch.zeros_like(counter)
     key = torch.tensor(seed, device=x.device)
-    words = torch.stack(philox((counter & 0xFFFFFFFF, counter >> 32, zero, zero), key), dim=-1)
-    noise = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(len(flat), -1)[:, : flat.shape[-1]]
+    noise = sixteen_bits(philox((counter & 0xFFFFFFFF, counter >> 32, zero, zero), key))
+    noise = noise[:, : flat.shape[-1]]
     bits = (flat.view(torch.int32).to(torch.int64) + noise) & ~0xFFFF
     moved = bits.to(torch.int32).view(torch.float32)
     cut = (flat.view(torch.int32) & ~0xFFFF).view(torch.float32)
@@ -50,12 +51,9 @@ def stochastically_rounded(x, seed, rows, first_column, D, BD: tl.constexpr):
     counter = rows[:, None] * tl.cdiv(D, 8) + groups[None, :]
     low = (counter & 0xFFFFFFFF).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, low, (counter >> 32).to(tl.uint32), low * 0, low * 0)
-    # neighbours in a row: halves of w0, w1, w2, w3
-    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    noise = tl.interleave(words & 0xFFFF, words >> 16)
     bits = x.to(tl.uint32, bitcast=True)
     exponent: tl.constexpr = 0x7F800000
-    moved = (bits + noise) & 0xFFFF0000
+    moved = (bits + halves(w0, w1, w2, w3)) & 0xFFFF0000
     # what is finite stays finite: the largest numbers are cut off and not rounded up
     moved = tl.where((moved & exponent) == exponent, bits & 0xFFFF0000, moved)
     moved = tl.where((bits & exponent) == exponent, bits, moved)
