@@ -196,6 +196,7 @@ def test_stochastic_rounding_uses_all_of_the_seed() -> None:
     assert all((results[i] != results[j]).float().mean() > 0.2 for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of NaN in the interpreter
 @pytest.mark.usefixtures("small")
 def test_stochastic_rounding_keeps_what_is_not_finite_and_the_largest() -> None:
     largest = torch.finfo(torch.float32).max
