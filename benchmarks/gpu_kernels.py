@@ -201,7 +201,8 @@ _REMARKS = (
     "change in it.",
     "Copies of weights that are made once per search are made before timing, in ours and in the baselines. "
     "All models use torch's causal attention without a mask tensor. Batched merging is measured for layers, "
-    "not for models: all merged models at once do not fit.",
+    "not for models: all merged models at once do not fit. `auto` is the faster of low rank and merging: "
+    "what it takes once it has timed both.",
 )
 _NO_GPU = (
     "**No GPU was at hand when this was written: every cell is not yet measured, and no number is a guess at "

@@ -23,8 +23,9 @@ class Stacked:
         self.up = B.permute(1, 0, 2).flatten(1).contiguous()
 
     def gates(self, coefficients: Tensor) -> Tensor:
-        """s u_c in each of adapter c's columns: [..., C] to [..., C r] in bfloat16."""
-        return (self.scale * coefficients).repeat_interleave(self.rank, dim=-1).to(self.down.dtype)
+        """s u_c in each of adapter c's columns: [..., C] to [..., C r] in the adapters' dtype."""
+        scaled = (self.scale * coefficients).to(self.down.dtype)[..., None]
+        return scaled.expand(*coefficients.shape, self.rank).flatten(-2)
 
     def merge_into(self, out: Tensor, weight: Tensor, coefficients: Tensor) -> Tensor:
         """out = W + s sum_c u_c B_c A_c by one library GEMM; coefficients [C]."""

@@ -74,7 +74,9 @@ class Llama:
         torch.manual_seed(0)
         with torch.device(device):
             model = LlamaForCausalLM(config)
-        return model.to(dtype).eval().requires_grad_(False)
+        for parameter in model.parameters():  # and no buffers: rotary frequencies must stay in float32
+            parameter.data = parameter.data.to(dtype)
+        return model.eval().requires_grad_(False)
 
     def adapters(self, bench: Bench, model: nn.Module, count: int) -> dict[str, tuple[Tensor, Tensor]]:
         """A [C, r, d_in] and B [C, d_out, r] in bfloat16 of each linear layer but the head, by name. Deltas

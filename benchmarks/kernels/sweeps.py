@@ -103,7 +103,7 @@ def _sweep_cases(sweep: Sweep, disk_candidates: int) -> Iterator[Case]:
         DISK,
         lambda bench, _: Merged(bench, sweep, torch.bfloat16).through_disk,
         count=disk_candidates,
-        note=f"extrapolated from {disk_candidates} of {sweep.candidates} candidates",
+        note=f"extrapolated from {disk_candidates} of {sweep.candidates} candidates; in the temporary folder",
     )
 
 
