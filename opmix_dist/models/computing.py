@@ -15,6 +15,7 @@ from opmix_dist.models.compute import FLOAT32, Compute, load_kernels
 from opmix_dist.models.families import Family, cast_points, family_of, shared_reads
 from opmix_dist.models.heads import float32_logits, fusing_head, replaced_forward
 from opmix_dist.models.joint_linear import JointLoRALinear
+from opmix_dist.models.kernel_products import KernelProducts
 from opmix_dist.models.products import CastProducts, Products, Readers
 
 if TYPE_CHECKING:
@@ -47,8 +48,6 @@ def _in_plain_torch(adapters: JointAdapters, dtype: torch.dtype, stack: ExitStac
 
 
 def _with_kernels(adapters: JointAdapters, dtype: torch.dtype, stack: ExitStack) -> Products:
-    from opmix_dist.models.kernel_products import KernelProducts
-
     model, family = adapters.model, family_of(adapters.model)
     ops = load_kernels(next(model.parameters()).device)
     if family is None:
