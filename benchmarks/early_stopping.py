@@ -40,7 +40,7 @@ from opmix_dist.search.simplex import sobol_candidates
 from tests.search.truths import PowerTruth, Truth, least_total, log_linear_truth, rebalance
 
 ROOT = Path(__file__).parent.parent
-DOMAINS, SAMPLES, REAL_SAMPLES = 6, 64, 32
+DOMAINS, SAMPLES, REAL_SAMPLES, REAL_SEEDS = 6, 64, 32, 3
 HARDNESS, SPREAD = 0.5, 0.1
 BATCH = 4
 """Samples in a pass; looks are at ends of passes."""
@@ -271,14 +271,15 @@ def main() -> None:
     seeds = 2 if arguments.quick else arguments.seeds
     head = ["evaluation", "candidates stopped", "samples evaluated", "best stopped", "regret, 1e-3 nats"]
     lines = ["# Stopping candidates early", "", "`python -m benchmarks.early_stopping`: " + describe("torch")]
-    lines += ["", f"Mean ± standard deviation over {seeds} seeds, {BATCH} samples in a pass.", ""]
+    counts = f"{seeds} seeds, {REAL_SEEDS} of the real probes, {BATCH} samples in a pass."
+    lines += ["", f"Mean ± standard deviation over {counts}", ""]
     sections = synthetic(seeds)
     for title, cases in sections.items():
         lines += [f"## {title}", "", table(head, rows(cases, range(seeds))), ""]
         print(*lines[-4:], sep="\n", flush=True)
     if not arguments.quick:
-        cases = real(arguments.folder, 3)
-        lines += ["## Real probes", "", table(head, rows(cases, range(3))), ""]
+        cases = real(arguments.folder, REAL_SEEDS)
+        lines += ["## Real probes", "", table(head, rows(cases, range(REAL_SEEDS))), ""]
         print(*lines[-4:], sep="\n", flush=True)
     if arguments.out:
         arguments.out.write_text("\n".join(lines))
