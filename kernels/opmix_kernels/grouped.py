@@ -127,7 +127,7 @@ def expand_kernel(
 @triton.jit
 def outer_kernel(
     X, H, PARTIAL, OFFSETS, SEEDS, STEP,
-    rows, groups, per_group, D, rank, threshold, x_row, p_column, p_rank,
+    rows, groups, per_group, D, rank, threshold, x_row, h_row, p_column, p_rank,
     GROUPS: tl.constexpr, CHUNK: tl.constexpr, BJ: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """One tile [BD, BJ] of the outer product [D, rank] over at most CHUNK rows of one group. Neighbouring
@@ -149,8 +149,8 @@ def outer_kernel(
         in_rows = ts < stop
         x = tl.load(X + offset(ts, x_row)[:, None] + columns[None, :],
                     mask=in_rows[:, None] & in_columns[None, :], other=0.0)  # fmt: skip
-        h = tl.load(H + offset(ts, rank)[:, None] + js[None, :],
-                    mask=in_rows[:, None] & in_rank[None, :], other=0.0)  # fmt: skip
+        h = tl.load(H + offset(ts, h_row)[:, None] + js[None, :],
+                    mask=in_rows[:, None] & (js < h_row)[None, :], other=0.0)  # fmt: skip
         if SEEDS is not None:
             x = tl.where(kept(seed, step, ts - begin, first_column, threshold, BD), x, 0.0)
         total = dot(tl.trans(x), h, total)
@@ -238,6 +238,10 @@ def _rank_tile(rank: int, largest: int) -> int:
     return min(max(triton.next_power_of_2(rank), 16), largest)  # a product's sides are 16 at least
 
 
+def _key(width: int, rank: int, dropout: Dropout) -> str:
+    return f"d{width} r{rank}{' dropout' if dropout.threshold else ''}"
+
+
 def shrink(x: Tensor, factors: Tensor, groups: Groups, alpha: float, dropout: Dropout = NO_DROPOUT) -> Tensor:
     """alpha * (M * x) F_k^T, [R, r] in x's dtype; rows of no group stay as they were allocated.
 
@@ -252,6 +256,7 @@ def shrink(x: Tensor, factors: Tensor, groups: Groups, alpha: float, dropout: Dr
     SHRINK(
         lambda b: (groups.tiles(rows, b["BR"]), cdiv(rank, tile)),
         like=x,
+        key=_key(width, rank, dropout),
         constexprs={"GROUPS": groups.width, "BJ": tile},
         X=x, F=factors, H=h, D=width, rank=rank, alpha=alpha, x_row=x.stride(0),
         f_group=factors.stride(0), f_rank=factors.stride(1), f_column=factors.stride(2),
@@ -273,6 +278,7 @@ def expand_(y: Tensor, h: Tensor, factors: Tensor, groups: Groups, dropout: Drop
     EXPAND(
         lambda b: (groups.tiles(rows, b["BR"]) * cdiv(width, b["BD"]),),
         like=y,
+        key=_key(width, rank, dropout),
         constexprs={"GROUPS": groups.width, "BJ": _rank_tile(rank, 64)},
         H=h, F=factors, Y=y, D=width, rank=rank, y_row=y.stride(0),
         f_group=factors.stride(0), f_rank=factors.stride(1), f_column=factors.stride(2),
@@ -291,19 +297,20 @@ def outer(
 
     Args:
         x: [R, D], elements of a row side by side.
-        h: [R, r] contiguous, of x's dtype.
+        h: [R, r or more] contiguous, of x's dtype; columns from r on are zeros.
         out: contiguous, [K, D, r], or [K, r, D] where ``transposed``.
     """
     rows, width = x.shape
-    rank = h.shape[1]
+    rank = out.shape[1] if transposed else out.shape[2]
     tile = _rank_tile(rank, 128)
     chunk = min(64 * tile, 2048)
     partial = torch.empty(groups.tiles(rows, chunk), width * rank, dtype=torch.float32, device=x.device)
     OUTER(
         lambda b: (len(partial) * cdiv(width, b["BD"]), cdiv(rank, tile)),
         like=x,
+        key=_key(width, rank, dropout),
         constexprs={"GROUPS": groups.width, "CHUNK": chunk, "BJ": tile},
-        X=x, H=h, PARTIAL=partial, D=width, rank=rank, x_row=x.stride(0),
+        X=x, H=h, PARTIAL=partial, D=width, rank=rank, x_row=x.stride(0), h_row=h.shape[1],
         p_column=1 if transposed else rank, p_rank=width if transposed else 1,
         **groups.arguments(rows), **dropout.arguments(),
     )  # fmt: skip

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from opmix_kernels.dropout import NO_DROPOUT, Dropout, inverse_keep_rate, keep_mask, threshold_of
 from opmix_kernels.grouped import Groups, expand_, outer, shrink
-from opmix_kernels.runtime import as_rows, require_available
+from opmix_kernels.runtime import as_rows, cdiv, require_available
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -151,6 +151,22 @@ def reference(
     return y + torch.cat([*added, nobodys]).view(y.shape)
 
 
+def _padded(rank: int) -> int:
+    """Multiple of 16, so that rows of h and of B begin where loads of 16 bytes may."""
+    return cdiv(rank, 16) * 16
+
+
+def _narrowing(A: Tensor, dtype: torch.dtype) -> Tensor:
+    """A in ``dtype`` [K, r', d_in], zeros behind its rows."""
+    more = _padded(A.shape[1]) - A.shape[1]
+    return F.pad(A.to(dtype), (0, 0, 0, more)) if more else A.to(dtype)  # by nothing pads with a copy
+
+
+def _widening(B: Tensor, dtype: torch.dtype) -> Tensor:
+    """B^T in ``dtype`` [K, r', d_out], zeros behind its rows."""
+    return _narrowing(B.mT, dtype)
+
+
 @torch.library.custom_op("opmix_kernels::joint_lora_linear", mutates_args=())
 def _forward(
     x: Tensor,
@@ -164,30 +180,30 @@ def _forward(
     scale: float,
     threshold: int,
 ) -> tuple[Tensor, Tensor]:
-    """y [R, d_out] and h [R, r] for rows x [R, d_in] of the weight's dtype."""
+    """y [R, d_out] and h [R, r'] for rows x [R, d_in] of the weight's dtype, r' the rank as padded."""
     require_available(x.device)
     groups, dropped = Groups(len(A), offsets), Dropout(threshold, seeds, step)
-    h = shrink(as_rows(x), A.to(x.dtype), groups, scale * dropped.inverse, dropped)
-    return expand_(F.linear(x, weight, bias), h, B.to(x.dtype).mT, groups), h
+    h = shrink(as_rows(x), _narrowing(A, x.dtype), groups, scale * dropped.inverse, dropped)
+    return expand_(F.linear(x, weight, bias), h, _widening(B, x.dtype), groups), h
 
 
 @_forward.register_fake
 def _(x, weight, bias, A, B, offsets, seeds, step, scale, threshold):
-    return x.new_empty(len(x), len(weight)), x.new_empty(len(x), A.shape[1])
+    return x.new_empty(len(x), len(weight)), x.new_empty(len(x), _padded(A.shape[1]))
 
 
 @torch.library.custom_op("opmix_kernels::joint_lora_shrink_gradient", mutates_args=())
 def _shrink_gradient(
     gradient: Tensor, B: Tensor, offsets: Tensor | None, scale: float, threshold: int
 ) -> Tensor:
-    """g' [R, r] of the gradient [R, d_out]."""
+    """g' [R, r'] of the gradient [R, d_out]."""
     alpha = scale * inverse_keep_rate(threshold)
-    return shrink(as_rows(gradient), B.to(gradient.dtype).mT, Groups(len(B), offsets), alpha)
+    return shrink(as_rows(gradient), _widening(B, gradient.dtype), Groups(len(B), offsets), alpha)
 
 
 @_shrink_gradient.register_fake
 def _(gradient, B, offsets, scale, threshold):
-    return gradient.new_empty(len(gradient), B.shape[2])
+    return gradient.new_empty(len(gradient), _padded(B.shape[2]))
 
 
 @torch.library.custom_op("opmix_kernels::joint_lora_input_gradient", mutates_args=())
@@ -201,9 +217,9 @@ def _input_gradient(
     step: Tensor | None,
     threshold: int,
 ) -> Tensor:
-    """dx [R, d_in] of the gradient [R, d_out] and low = g' [R, r]."""
+    """dx [R, d_in] of the gradient [R, d_out] and low = g' [R, r']."""
     dropped = Dropout(threshold, seeds, step)
-    return expand_(gradient @ weight, low, A.to(gradient.dtype), Groups(len(A), offsets), dropped)
+    return expand_(gradient @ weight, low, _narrowing(A, gradient.dtype), Groups(len(A), offsets), dropped)
 
 
 @_input_gradient.register_fake

@@ -16,7 +16,7 @@ from opmix_kernels.dropout import inverse_keep_rate, keep_mask, threshold_of
 from opmix_kernels.grouped import EXPAND, OUTER, SHRINK
 from opmix_kernels.joint_lora import joint_lora_linear, reference
 from opmix_kernels.runtime import Config
-from tests.kernels.checking import DEVICE, assert_close, poisoned_memory, random
+from tests.kernels.checking import DEVICE, NoWaiting, assert_close, poisoned_memory, random
 
 SMALL = Config({"BR": 16, "BD": 32}, warps=1, stages=1)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -84,6 +84,7 @@ def test_equals_float64(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("tiles", [SMALL], indirect=True)
 def test_equal_groups() -> None:
     check(arguments())
 
@@ -136,6 +137,7 @@ def test_reference_is_the_models_layer() -> None:
 
 
 @pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("tiles", [SMALL], indirect=True)
 def test_every_mask_is_the_same() -> None:
     """With identities for A and B and zeros for W, results are the mask itself: forward, to x, and to A."""
     eye, rows = torch.eye(40, device=DEVICE), 60
@@ -150,6 +152,7 @@ def test_every_mask_is_the_same() -> None:
 
 
 @pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("tiles", [SMALL], indirect=True)
 def test_an_adapter_does_not_depend_on_others() -> None:
     x, weight, A, B = arguments()
     weight = torch.zeros_like(weight)  # whose product a library may sum otherwise for other rows
@@ -173,6 +176,14 @@ def test_steps() -> None:
     assert torch.equal(later, joint_lora_linear(*data, scale=0.7, **{**DROPOUT, "step": 5}))
 
 
+def test_nothing_waits_for_the_device() -> None:
+    x, weight, A, B = arguments()
+    gradient = random(51, 29, seed=4)
+    with NoWaiting():
+        y = joint_lora_linear(x, weight, A, B, scale=0.7, offsets=OFFSETS, **DROPOUT)
+        torch.autograd.grad(y, (x, A, B), gradient)
+
+
 def test_no_rows() -> None:
     x, weight, A, B = arguments(rows=0)
     y = joint_lora_linear(x, weight, A, B, scale=0.7)
@@ -194,7 +205,7 @@ def test_only_what_is_asked_for() -> None:
 def test_as_operations_of_torch() -> None:
     x, weight, A, B = arguments(rows=10)
     seeds, step = SEEDS, torch.tensor(4, device=DEVICE)
-    offsets, gradient, low = torch.tensor([0, 3, 3, 10], device=DEVICE), random(10, 29), random(10, 5)
+    offsets, gradient, low = torch.tensor([0, 3, 3, 10], device=DEVICE), random(10, 29), random(10, 16)
     for name, given in {
         "joint_lora_linear": (x, weight, None, A, B, offsets, seeds, step, 0.7, 9000),
         "joint_lora_shrink_gradient": (gradient[:9], B.detach(), None, 0.7, 0),
