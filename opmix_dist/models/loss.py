@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opmix_dist.data.batch import TokenBatch
+from opmix_dist.models.attention import causal_only
 from opmix_dist.models.heads import HiddenLosses, fused_head
 
 _NO_TARGET = -100
@@ -55,7 +56,8 @@ def _run(module: nn.Module, batch: TokenBatch) -> Any:
     attention."""
     tokens, positions = batch.tokens, batch.position_ids
     if positions is None:
-        return module(input_ids=tokens, use_cache=False)
+        with causal_only(module, tokens.shape[1]):
+            return module(input_ids=tokens, use_cache=False)
     if uses_flash_attention(module):
         # its variable-length kernels, which know documents, are called for a single row only
         tokens, positions = tokens.view(1, -1), positions.view(1, -1)
