@@ -164,10 +164,16 @@ def _config(rows: int, words: int, width: int, warps: int, stages: int, group: i
     return Config({"BR": rows, "BV": words, "BD": width, "GROUP": group}, warps, stages)
 
 
+# two blocks on a multiprocessor, one of which multiplies while the other takes powers
+_AMPERE = [_config(128, 128, 32, 8, 4), _config(128, 256, 32, 8, 4), _config(128, 128, 64, 8, 3)]
 _PLAIN = {
-    "sm_80": {2: [_config(128, 128, 64, 8, 3)], 4: [_config(64, 64, 32, 4, 2)]},
+    "sm_80": {2: _AMPERE, 4: [_config(64, 64, 32, 4, 2)]},
+    # matrices that descriptors cannot read
     "sm_90": {2: [_config(128, 128, 64, 8, 3)], 4: [_config(64, 64, 32, 4, 2)]},
-    "gfx942": {2: [_config(128, 128, 64, 8, 2)], 4: [_config(64, 64, 32, 4, 2)]},
+    "gfx942": {
+        2: [_config(128, 128, 64, 8, 2), _config(256, 128, 64, 8, 2)],
+        4: [_config(64, 64, 32, 4, 2)],
+    },
 }
 _TILED = {"sm_90": {2: [_config(128, 256, 64, 8, 4), _config(128, 128, 64, 8, 3)]}}
 PARTIALS = Kernel(partials_kernel, _PLAIN, is_product=True)
@@ -293,7 +299,7 @@ def _operands(plain: Kernel, tiled: Kernel, hidden: Tensor, weight: Tensor) -> t
     arguments: dict[str, Any] = {
         "grid": lambda b: (cdiv(count, b["BR"]) * cdiv(words, b["BV"]),),
         "like": weight,
-        "key": f"V={words} d={weight.shape[1]}" + " tiled" * by_tiles,
+        "key": f"V={words} d={weight.shape[1]}",
         "constexprs": {"TILED": by_tiles},
         "H": Tiled(hidden, ("BR", "BD")) if by_tiles else hidden,
         "E": Tiled(weight, ("BV", "BD")) if by_tiles else weight,
