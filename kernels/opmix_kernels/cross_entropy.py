@@ -350,9 +350,9 @@ _hidden_gradient = torch.library.custom_op(
 
 @_losses.register_fake
 def _(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    return hidden.new_empty(len(hidden), dtype=torch.float32), hidden.new_empty(
-        len(hidden), dtype=torch.float32
-    )
+    rows = hidden.shape[0]  # len() would fix it: torch.compile would compile again for each number of rows
+    losses, lse = (hidden.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return losses, lse
 
 
 @_hidden_gradient.register_fake

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opmix_kernels.runtime import as_rows
+from opmix_kernels.runtime import as_rows, own_dtypes
 from opmix_kernels.shrink import require_dtype, require_rows, shrink
 from opmix_kernels.wide import LowRankStack, require_layer, stacked_columns
 
@@ -75,7 +75,9 @@ def _forward(
     products = x.new_empty((len(x) if keep else 0, stack.inner.gated), dtype=stack.dtype)
     wide, _ = shrink(x, stack.down, coefficients, stack.rank, 1, scale, products=products if keep else None)
     matrix = stack.forward_matrix.T
-    return torch.mm(wide, matrix) if bias is None else torch.addmm(bias, wide, matrix), products
+    with own_dtypes(x.device):
+        y = torch.mm(wide, matrix) if bias is None else torch.addmm(bias, wide, matrix)
+    return y, products
 
 
 @_forward.register_fake

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from opmix_kernels.dropout import NO_DROPOUT, Dropout, inverse_keep_rate, keep_mask, threshold_of
 from opmix_kernels.grouped import Groups, expand_, outer, shrink
-from opmix_kernels.runtime import as_rows, cdiv, require_available
+from opmix_kernels.runtime import as_rows, cdiv, own_dtypes, require_available
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -184,12 +184,15 @@ def _forward(
     require_available(x.device)
     groups, dropped = Groups(len(A), offsets), Dropout(threshold, seeds, step)
     h = shrink(as_rows(x), _narrowing(A, x.dtype), groups, scale * dropped.inverse, dropped)
-    return expand_(F.linear(x, weight, bias), h, _widening(B, x.dtype), groups), h
+    with own_dtypes(x.device):
+        y = F.linear(x, weight, bias)
+    return expand_(y, h, _widening(B, x.dtype), groups), h
 
 
 @_forward.register_fake
 def _(x, weight, bias, A, B, offsets, seeds, step, scale, threshold):
-    return x.new_empty(len(x), len(weight)), x.new_empty(len(x), _padded(A.shape[1]))
+    rows = x.shape[0]  # len() would fix it: torch.compile would compile again for each number of rows
+    return x.new_empty(rows, weight.shape[0]), x.new_empty(rows, _padded(A.shape[1]))
 
 
 @torch.library.custom_op("opmix_kernels::joint_lora_shrink_gradient", mutates_args=())
@@ -203,7 +206,7 @@ def _shrink_gradient(
 
 @_shrink_gradient.register_fake
 def _(gradient, B, offsets, scale, threshold):
-    return gradient.new_empty(len(gradient), _padded(B.shape[2]))
+    return gradient.new_empty(gradient.shape[0], _padded(B.shape[2]))
 
 
 @torch.library.custom_op("opmix_kernels::joint_lora_input_gradient", mutates_args=())
@@ -219,12 +222,14 @@ def _input_gradient(
 ) -> Tensor:
     """dx [R, d_in] of the gradient [R, d_out] and low = g' [R, r']."""
     dropped = Dropout(threshold, seeds, step)
-    return expand_(gradient @ weight, low, _narrowing(A, gradient.dtype), Groups(len(A), offsets), dropped)
+    with own_dtypes(gradient.device):
+        dx = gradient @ weight
+    return expand_(dx, low, _narrowing(A, gradient.dtype), Groups(len(A), offsets), dropped)
 
 
 @_input_gradient.register_fake
 def _(gradient, weight, low, A, offsets, seeds, step, threshold):
-    return gradient.new_empty(len(gradient), weight.shape[1])
+    return gradient.new_empty(gradient.shape[0], weight.shape[1])
 
 
 @torch.library.custom_op("opmix_kernels::joint_lora_outer", mutates_args=())

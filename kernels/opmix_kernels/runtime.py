@@ -291,6 +291,12 @@ def require_available(device: torch.device) -> None:
         )
 
 
+def own_dtypes(device: torch.device) -> AbstractContextManager[Any]:
+    """For library products inside of an operation: autocast, where a caller is in it, would make 16-bit
+    results of float32 operands, which the kernels beside them and the fake implementations do not expect."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def as_rows(x: Tensor) -> Tensor:
     """[..., d] as [R, d] with elements of a row side by side: a view wherever strides allow, else a copy."""
     flat = x.reshape(-1, x.shape[-1])

@@ -106,7 +106,7 @@ _sums = torch.library.custom_op("opmix_kernels::segment_sums", sums, mutates_arg
 
 @_sums.register_fake
 def _(losses: Tensor, segments: Tensor, num_segments: int) -> Tensor:
-    return losses.new_empty(len(losses), num_segments, dtype=torch.float64)
+    return losses.new_empty(losses.shape[0], num_segments, dtype=torch.float64)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

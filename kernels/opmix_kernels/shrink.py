@@ -18,6 +18,8 @@ elements written; A (n J d elements) is read from cache once per BR rows.
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import triton
 import triton.language as tl
@@ -231,7 +233,8 @@ def _(
     out_dtype: torch.dtype,
 ) -> Tensor:
     layout = WideLayout(x.shape[-1], A.shape[0], A.shape[1] * A.shape[2])
-    return x.new_empty((x.shape[:-1].numel(), layout.width), dtype=out_dtype)
+    # numel() would fix it: torch.compile would compile again for each number of rows
+    return x.new_empty((prod(x.shape[:-1]), layout.width), dtype=out_dtype)
 
 
 def norm_shrink_gate(
