@@ -21,6 +21,7 @@ from opmix_dist.exchange.schemas import Proposal, SearchRequest, SearchStage
 from opmix_dist.logs import set_up_logging
 from opmix_dist.mixture_files import MixtureSource, write_mixture_files
 from opmix_dist.models.build import check_tokenizer
+from opmix_dist.pool.plan import require_kernels
 from opmix_dist.pool.requests import check_components, search_request
 from opmix_dist.pool.run_search import Searcher
 from opmix_dist.process import die_with_parent
@@ -56,6 +57,7 @@ def run_search_alone(config: SearchRunConfig, sources: Mapping[str, MixtureSourc
     run = RunDir(config.run_dir)
     world = World.join(placement, device=config.engine.device, timeout_s=config.engine.collective_timeout_s)
     try:
+        require_kernels(config.search.kernels, world.device)
         with open_run(run, config, world, SEARCH_MAY_CHANGE):
             _answer(run, config, request, world, sources)
     except BaseException:

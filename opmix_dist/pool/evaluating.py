@@ -94,7 +94,7 @@ class Evaluating:
             )
 
     def _decide(self, dtype: str) -> EvaluationPlan:
-        trials = Trials(self.adapters, self.heldout, self.flops)
+        trials = Trials(self.adapters, self.heldout, self.flops, on_run=lambda: self.on_progress(0))
         settings = self.config.search
         planner = Planner(
             self.search.plan_file,

@@ -34,21 +34,25 @@ TOKENS_AT_ONCE = 1 << 16
 """Tokens in a pass from which a GPU gains nothing by more."""
 
 
+def require_kernels(setting: str, device: torch.device) -> None:
+    """UserError where ``search.kernels`` asks for what cannot run; to be asked before a run begins."""
+    fault = kernels_fault(device) if setting == "triton" else None
+    if fault is not None:
+        raise UserError(f"search.kernels is triton, but {fault}: set it to auto or torch")
+
+
 def chosen_kernels(setting: str, device: torch.device) -> bool:
     """Whether Triton kernels compute, by ``search.kernels``; the log says so where that is not as written.
 
     Raises:
         UserError: they are asked for where they cannot run.
     """
-    if setting == "torch":
+    if setting == "triton":
+        require_kernels(setting, device)
+        return True
+    if setting == "torch" or device.type != "cuda":
         return False
     fault = kernels_fault(device)
-    if setting == "triton":
-        if fault is not None:
-            raise UserError(f"search.kernels is triton, but {fault}: set it to auto or torch")
-        return True
-    if device.type != "cuda":
-        return False
     log.info("search.kernels: %s", "triton" if fault is None else f"torch, since {fault}")
     return fault is None
 
@@ -97,7 +101,7 @@ class Planner:
     ) -> None:
         self.file, self.trials, self.flops, self.settings = file, trials, flops, settings
         self.dtype, self.kernels = dtype, kernels
-        self.folder = folder or cache_folder()
+        self._folder = folder
         self.samples, self.on_gpu = len(trials.heldout.batch), trials.device.type == "cuda"
 
     def decide(self, *, gradients: bool) -> EvaluationPlan:
@@ -182,7 +186,11 @@ class Planner:
             "transformers": transformers.__version__,
         }
         times = method_times(
-            self.trials, shape, lowrank=passes["lowrank"], merged=passes["merge"][1], folder=self.folder
+            self.trials,
+            shape,
+            lowrank=passes["lowrank"],
+            merged=passes["merge"][1],
+            folder=self._folder or cache_folder(),
         )
         log.info(
             "a candidate takes %.3g s by low-rank terms, %.3g s merged",
@@ -253,15 +261,13 @@ class Planner:
 
 
 def halved(plan: EvaluationPlan) -> EvaluationPlan | None:
-    """The plan with half of the samples in a pass; None where that is one already."""
-    if plan.joint * plan.batch_size == 1:
-        return None
-    if plan.batch_size == 1:
-        return plan.model_copy(update={"joint": plan.joint // 2})
+    """The plan with half of the samples in a pass, with gradients and without; None where each is one
+    already."""
     gradient = plan.gradient_batch_size
-    return plan.model_copy(
-        update={
-            "batch_size": plan.batch_size // 2,
-            "gradient_batch_size": None if gradient is None else max(1, gradient // 2),
-        }
-    )
+    smaller = {
+        "joint": max(1, plan.joint // 2) if plan.batch_size == 1 else plan.joint,
+        "batch_size": max(1, plan.batch_size // 2),
+        "gradient_batch_size": None if gradient is None else max(1, gradient // 2),
+    }
+    found = plan.model_copy(update=smaller)
+    return None if found == plan else found

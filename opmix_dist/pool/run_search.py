@@ -33,7 +33,7 @@ from opmix_dist.models.documents import require_documents_apart
 from opmix_dist.models.flops import count_flops
 from opmix_dist.models.lora import require_adaptable
 from opmix_dist.models.loss import sample_loss_sums, uses_flash_attention
-from opmix_dist.pool.early_stop import EarlyStop
+from opmix_dist.pool.early_stop import LEAST_SEEN, EarlyStop
 from opmix_dist.pool.errors import SearchError
 from opmix_dist.pool.evaluating import Evaluating
 from opmix_dist.pool.evaluations import Evaluations
@@ -276,7 +276,7 @@ class _Search:
         if confidence is None:
             return None
         reference = self._evaluate(staying(self.request)[None])
-        return EarlyStop(
+        rule = EarlyStop(
             problem=self.problem,
             reference=reference.sums[0],
             targets=reference.targets,
@@ -285,6 +285,17 @@ class _Search:
             order=self.evaluating.order,
             confidence=confidence,
         )
+        plan = self.evaluating.plan
+        if self.world.is_leader and not rule.looks(plan.batch_size):
+            log.warning(
+                "search.candidates.early_stop stops nothing: of %d held-out samples, %d in a pass, no first "
+                "half ends with a pass and has %d of every domain; lower search.candidates.batch_size, or "
+                "raise search.candidates.samples_per_domain",
+                len(reference.targets),
+                plan.batch_size,
+                LEAST_SEEN,
+            )
+        return rule
 
     def _tell_stopped(self, parts: Sequence[Evaluations]) -> None:
         stopped = sum(int(part.stopped.sum()) for part in parts)

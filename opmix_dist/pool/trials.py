@@ -25,11 +25,18 @@ REPEATS = 3
 class Trials:
     """Runs on the first held-out samples, with all adapters in equal parts.
 
+    on_run: called before each, a sign of life: together they may take minutes.
     tokens, flops: what the trials computed so far, for the ledger.
     """
 
-    def __init__(self, adapters: JointAdapters, heldout: EvalSet, flops: FlopCounts) -> None:
-        self.adapters, self.heldout, self._flops = adapters, heldout, flops
+    def __init__(
+        self,
+        adapters: JointAdapters,
+        heldout: EvalSet,
+        flops: FlopCounts,
+        on_run: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.adapters, self.heldout, self._flops, self.on_run = adapters, heldout, flops, on_run
         self.device = adapters.parameters()[0].device
         self.tokens, self.flops = 0, 0.0
 
@@ -39,6 +46,7 @@ class Trials:
 
     def run(self, method: Method, joint: int, batch_size: int) -> None:
         """One pass over ``joint`` candidates of ``batch_size`` samples each; the device is done after it."""
+        self.on_run()
         samples = self.heldout.batch[:batch_size]
         U = np.full((joint, self.num_adapters), 1 / self.num_adapters)
         simulate_sums(self.adapters, U, samples, method=method, batch_size=batch_size, joint=joint)
@@ -46,6 +54,7 @@ class Trials:
 
     def run_with_gradients(self, batch_size: int) -> None:
         """One pass over a candidate of ``batch_size`` samples and back."""
+        self.on_run()
         samples, ids = self.heldout.batch[:batch_size], self.heldout.domain_ids[:batch_size]
         U, domains = np.full((1, self.num_adapters), 1 / self.num_adapters), int(ids.max()) + 1
         simulate_with_gradients(self.adapters, U, samples, ids, domains, batch_size=batch_size)
@@ -53,6 +62,7 @@ class Trials:
 
     def merge(self) -> None:
         """All deltas into all weights, once."""
+        self.on_run()
         u = torch.full((self.num_adapters,), 1 / self.num_adapters, dtype=torch.float64)
         with self.adapters.merged(u):
             self._wait()

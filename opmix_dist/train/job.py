@@ -27,6 +27,7 @@ from opmix_dist.ledger import Ledger
 from opmix_dist.logs import set_up_logging
 from opmix_dist.models.build import build_model, check_tokenizer
 from opmix_dist.models.lora import require_adaptable
+from opmix_dist.pool.plan import require_kernels
 from opmix_dist.pool.requests import check_components
 from opmix_dist.pool.supervisor import Supervisor
 from opmix_dist.process import die_with_parent
@@ -181,6 +182,8 @@ class Job:
         )
         if self.config.mixture.policy == "opmix":
             require_adaptable(model)
+            if not self.config.pool.external:  # that may run on another kind of device
+                require_kernels(self.config.search.kernels, self.world.device)
         return build_engine(self.config, model, self.world, self.catalogue.sequence_length)
 
     def _search_samples(self) -> EvalSet:

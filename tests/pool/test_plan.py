@@ -139,6 +139,17 @@ def test_a_plan_is_halved_down_to_one_sample(tmp_path: Path) -> None:
         plan = smaller
         sizes.append((plan.joint, plan.batch_size, plan.gradient_batch_size))
     assert sizes == [(3, 1, 1), (1, 1, 1)]
+    smaller = halved(plan.model_copy(update={"gradient_batch_size": 5}))
+    assert smaller is not None
+    assert smaller.gradient_batch_size == 2, "gradients take more memory than losses: there is more to halve"
+
+
+def test_every_trial_is_a_sign_of_life(tmp_path: Path) -> None:
+    tried, signs = trials(), []
+    tried.on_run = lambda: signs.append(tried.tokens)
+    planner(tmp_path, tried).measured_method({"lowrank": (2, 3), "merge": (1, 4)})
+    tried.run_with_gradients(2)
+    assert len(signs) == 3 * 4 + 1, "three kinds, each run once to warm up and three times; gradients"
 
 
 def test_methods_are_measured_once_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

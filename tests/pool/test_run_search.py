@@ -394,3 +394,11 @@ def test_a_search_with_kernels_finds_what_one_in_plain_torch_finds(tiny_data: Pa
     assert fast.simulated == pytest.approx(plain.simulated, rel=1e-5)
     assert fast.weights == pytest.approx(plain.weights, abs=1e-3)
     assert fast.simulated != plain.simulated, "nothing was computed otherwise"
+
+
+def test_a_search_that_can_stop_nothing_early_says_so(
+    tiny_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = {"count": 2, "samples_per_domain": 2, "early_stop": 0.9}
+    searched(tiny_data, tmp_path / "run", candidates=few)
+    assert "early_stop stops nothing: of 6 held-out samples" in caplog.text
