@@ -210,6 +210,11 @@ class SharedConfig(Section):
                 f"model.attention {self.model.attention} computes in 16 bits: set engine.param_dtype to "
                 "bfloat16"
             )
+        if "flash" in self.model.attention and self.search.candidates.dtype == "float32":
+            raise ValueError(
+                f"model.attention {self.model.attention} computes in 16 bits: set search.candidates.dtype to "
+                "auto or bfloat16"
+            )
         return self
 
 
@@ -287,6 +292,7 @@ RESUME_MAY_CHANGE = (
     "train.global_batch_size",
     "train.micro_batch_size",
     "train.log_interval_steps",
+    "search.kernels",  # what was evaluated otherwise is not used; probes that are trained stay
 )
 
 

@@ -151,6 +151,7 @@ class CastProducts(Products):
 
     def weight(self, layer: JointLoRALinear) -> Tensor:
         if layer not in self._weights:
+            self._merged.clear()  # copies of the whole model: of one way to compute at a time
             self._weights[layer] = layer.base.weight.detach().to(self.dtype)
         return self._weights[layer]
 
@@ -164,6 +165,7 @@ class CastProducts(Products):
     def merged(self, layers: Sequence[JointLoRALinear], u: Tensor) -> Iterator[None]:
         """As :meth:`Products.merged`, in buffers that stay for the next candidate."""
         self.adapters_changed()  # what simulation has prepared would take as much memory again
+        self._weights.clear()
         u = u.to(layers[0].A)
         for layer in layers:
             if layer not in self._merged:

@@ -79,11 +79,11 @@ def method_times(
 
 
 def _read(path: Path, shape: Mapping[str, str | int]) -> MethodTimes | None:
-    if not path.exists():
-        return None
     try:
+        if not path.exists():
+            return None
         found = read_record(path, MethodTimes)
-    except UserError as error:
+    except (UserError, OSError) as error:
         log.warning("%s: measured again", error)
         return None
     return found if found.measured_for == shape else None

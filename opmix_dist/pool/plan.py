@@ -58,18 +58,9 @@ def chosen_kernels(setting: str, device: torch.device) -> bool:
 
 
 def chosen_dtype(config: SharedConfig, device: torch.device, model: torch.nn.Module) -> str:
-    """Name of the dtype of the products of simulated models.
-
-    Raises:
-        UserError: flash attention, whose kernels take 16 bits only, is to compute in float32.
-    """
+    """Name of the dtype of the products of simulated models."""
     wanted, engine = config.search.candidates.dtype, config.engine.param_dtype
     flash = uses_flash_attention(model)
-    if wanted == "float32" and flash:
-        raise UserError(
-            "search.candidates.dtype is float32, but model.attention is flash attention, which computes in "
-            "16 bits: set it to auto or bfloat16"
-        )
     if wanted != "auto":
         return wanted
     return engine if flash or device.type == "cuda" else "float32"
@@ -102,10 +93,13 @@ class Planner:
         self.file, self.trials, self.flops, self.settings = file, trials, flops, settings
         self.dtype, self.kernels = dtype, kernels
         self._folder = folder
+        self.wanted = settings.method
         self.samples, self.on_gpu = len(trials.heldout.batch), trials.device.type == "cuda"
 
     def decide(self, *, gradients: bool) -> EvaluationPlan:
         """The plan that is there, if it was decided for these settings, sizes and device, or a new one."""
+        # gradients always go by low-rank terms; in 16 bits merged losses differ from those in the last digits
+        self.wanted = "lowrank" if gradients and self.settings.method == "auto" else self.settings.method
         plan = self._kept() or self._decided()
         if gradients and plan.gradient_batch_size is None:
             plan = plan.model_copy(update={"gradient_batch_size": self._gradient_batch()})
@@ -135,7 +129,7 @@ class Planner:
         return {
             "batch_size": settings.batch_size,
             "joint": settings.joint,
-            "method": settings.method,
+            "method": self.wanted,
             "dtype": self.dtype,
             "kernels": "triton" if self.kernels else "torch",
             "samples": self.samples,
@@ -158,7 +152,7 @@ class Planner:
 
     def _decided(self) -> EvaluationPlan:
         passes: dict[Method, tuple[int, int]] = {}
-        wanted = self.settings.method
+        wanted = self.wanted
         if wanted == "auto" and not self.on_gpu:
             tokens = self.trials.heldout.batch.tokens.numel()
             wanted = cheaper_method(self.flops, self.trials.num_adapters, tokens)

@@ -115,6 +115,7 @@ def largest_fit(peak: Callable[[int], int], memory: int, most: int) -> int:
         SearchError: not even one sample fits.
     """
     try:
+        peak(1)  # makes what stays: copies of weights, compiled kernels
         one = peak(1)
     except torch.OutOfMemoryError:
         raise SearchError(

@@ -332,5 +332,5 @@ def test_kernels_that_cannot_run_are_an_error_that_names_the_setting() -> None:
     first, second = done.stdout.splitlines()
     assert first.startswith("search.kernels: ")
     assert "triton" in first
-    assert second.startswith("search.kernels: Triton kernels need a GPU, and the tensors are on cpu")
+    assert second.startswith("search.kernels: Triton kernels need a GPU, and this rank computes on cpu")
     assert second.endswith("Set it to torch")

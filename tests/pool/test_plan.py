@@ -51,7 +51,7 @@ def planner(folder: Path, tried: Trials, **settings: Any) -> Planner:
 
 
 def test_on_a_cpu_sizes_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = planner(tmp_path, trials()).decide(gradients=True)
+    plan = planner(tmp_path, trials()).decide(gradients=False)
     assert (plan.method, plan.joint, plan.batch_size) == ("merge", 1, 16), "384 tokens, layers of 32 x 48"
     plan = planner(tmp_path, trials(), method="lowrank").decide(gradients=True)
     assert (plan.joint, plan.batch_size, plan.gradient_batch_size) == (4, 16, 16), "as it always was"
@@ -81,11 +81,12 @@ def test_what_is_set_is_done(tmp_path: Path, settings: dict[str, Any], expected:
 
 def test_a_plan_is_kept_for_the_same_settings_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "evaluation.json"
-    first = planner(tmp_path, trials()).decide(gradients=False)
+    merging = {"method": "merge"}
+    first = planner(tmp_path, trials(), **merging).decide(gradients=False)
     edited = first.model_copy(update={"joint": 3, "batch_size": 5})
     file.write_text(edited.model_dump_json())
-    assert planner(tmp_path, trials()).decide(gradients=False) == edited
-    with_gradients = planner(tmp_path, trials()).decide(gradients=True)
+    assert planner(tmp_path, trials(), **merging).decide(gradients=False) == edited
+    with_gradients = planner(tmp_path, trials(), **merging).decide(gradients=True)
     assert (with_gradients.joint, with_gradients.gradient_batch_size) == (3, 16), "the rest stays"
     assert read_record(file, EvaluationPlan) == with_gradients
     assert planner(tmp_path, trials(), joint=4).decide(gradients=False).batch_size == 16
@@ -93,7 +94,7 @@ def test_a_plan_is_kept_for_the_same_settings_only(tmp_path: Path, caplog: pytes
     for damage in ("", "{", json.dumps({**first.model_dump(), "method": "guess"}), "[1]"):
         file.write_text(damage)
         caplog.clear()
-        assert planner(tmp_path, trials()).decide(gradients=False) == first
+        assert planner(tmp_path, trials(), **merging).decide(gradients=False) == first
         assert "decided anew" in caplog.text
 
 
@@ -115,7 +116,7 @@ class Memory:
 def test_passes_fill_nine_tenths_of_the_memory() -> None:
     memory = Memory(fixed=100, each=7)
     assert largest_fit(memory, 1000, 500) == 114, "100 + 7 n <= 900"
-    assert memory.tried == [1, 2, 114]
+    assert memory.tried == [1, 1, 2, 114]
     assert largest_fit(Memory(100, 7), 1000, 64) == 64
     assert largest_fit(Memory(100, 7), 1000, 1) == 1
     assert largest_fit(Memory(100, 7), 50, 64) == 1, "one ran: more would not"
@@ -125,7 +126,7 @@ def test_passes_fill_nine_tenths_of_the_memory() -> None:
 def test_running_out_of_memory_halves_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
     memory = Memory(fixed=100, each=7, most=30)
     assert largest_fit(memory, 1000, 500) == 28
-    assert memory.tried == [1, 2, 114, 57, 28]
+    assert memory.tried == [1, 1, 2, 114, 57, 28]
     assert "out of memory with 114 samples in a pass: trying 57" in caplog.text
     assert largest_fit(Memory(100, 7, most=1), 1000, 500) == 1
     with pytest.raises(SearchError, match="one held-out sample"):
@@ -241,11 +242,15 @@ def test_the_dtype_of_simulated_models(
 def test_flash_attention_is_in_16_bits(tmp_path: Path) -> None:
     model = tiny_llama()
     model.config._attn_implementation = "flash_attention_2"
-    for wanted, expected in (("auto", "bfloat16"), ("float32", None)):
-        sections = {"engine": {"param_dtype": "bfloat16"}, "search": {"candidates": {"dtype": wanted}}}
-        config = check_config(tiny_config(tmp_path, tmp_path, **sections))
-        if expected:
-            assert chosen_dtype(config, CPU, model) == expected
-        else:
-            with pytest.raises(UserError, match=r"search.candidates.dtype is float32.*flash"):
-                chosen_dtype(config, CPU, model)
+    config = check_config(tiny_config(tmp_path, tmp_path, engine={"param_dtype": "bfloat16"}))
+    assert chosen_dtype(config, CPU, model) == "bfloat16"
+    sections = {"engine": {"param_dtype": "bfloat16"}, "search": {"candidates": {"dtype": "float32"}}}
+    with pytest.raises(UserError, match=r"computes in 16 bits: set search.candidates.dtype"):
+        check_config(tiny_config(tmp_path, tmp_path, model={"attention": "flash_attention_2"}, **sections))
+
+
+def test_a_search_that_takes_gradients_goes_by_lowrank_terms_throughout(tmp_path: Path) -> None:
+    tried = trials(samples=24, length=16)
+    assert planner(tmp_path, tried).decide(gradients=False).method == "merge"
+    assert planner(tmp_path, tried).decide(gradients=True).method == "lowrank"
+    assert planner(tmp_path, tried, method="merge").decide(gradients=True).method == "merge", "as it is set"
