@@ -36,10 +36,12 @@ class Case:
     rank: int = 5
     shape: tuple[int, int] = (23, 19)
     bias: bool = True
+    positive: bool = False
+    """All numbers are: a sum of few roundings relative to a result that cancels can be any."""
 
     def arguments(self) -> dict[str, Any]:
         (d_out, d_in), dtype = self.shape, self.masters or self.dtype
-        return {
+        given = {
             "x": random(self.candidates, self.tokens, d_in, dtype=dtype),
             "weight": random(d_out, d_in, dtype=self.dtype, seed=1),
             "A": random(self.adapters, self.rank, d_in, dtype=dtype, seed=2),
@@ -47,14 +49,18 @@ class Case:
             "coefficients": random(self.candidates, self.adapters, seed=4),
             "bias": random(d_out, dtype=self.dtype, seed=5) if self.bias else None,
         }
+        if not self.positive:
+            return given
+        # of few numbers, the roundings of masters to 16 bits would also count
+        return {k: v if v is None else v.to(self.dtype).to(v.dtype).abs() for k, v in given.items()}
 
     def check(self, wanted: tuple[str, ...] = WANTED, **changes: Any) -> None:
         """Result and the wanted gradients, in their dtypes."""
         given = self.arguments() | changes
         exact = {k: v.double() if isinstance(v, Tensor) else v for k, v in given.items()}
         exact.pop("prepared", None)
-        y, gradients = differentiated(gated_lowrank_linear, given, wanted)
-        expected, expected_gradients = differentiated(gated_lowrank.reference, exact, wanted)
+        y, gradients = differentiated(gated_lowrank_linear, given, wanted, self.positive)
+        expected, expected_gradients = differentiated(gated_lowrank.reference, exact, wanted, self.positive)
         assert y.dtype == self.dtype
         assert_close(y, expected, self.dtype)
         for name, found, right in zip(wanted, gradients, expected_gradients, strict=True):
@@ -63,12 +69,13 @@ class Case:
 
 
 def differentiated(
-    layer: Callable[..., Tensor], given: dict[str, Any], wanted: tuple[str, ...]
+    layer: Callable[..., Tensor], given: dict[str, Any], wanted: tuple[str, ...], positive: bool = False
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     given = given | {name: given[name].detach().requires_grad_() for name in wanted}
     with poisoned_memory():
         y = layer(**given, scale=0.7)
         upstream = random(*y.shape, dtype=torch.bfloat16, seed=6).to(y.dtype)
+        upstream = upstream.abs() if positive else upstream
         return y.detach(), torch.autograd.grad(y, [given[name] for name in wanted], upstream)
 
 
@@ -100,6 +107,7 @@ def test_equals_float64(dtype: torch.dtype, config: Config | None) -> None:
         rank=st.sampled_from([1, 3, 4, 16, 33]),
         shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
         bias=st.booleans(),
+        positive=st.just(True),
     )
 )
 def test_any_sizes(case: Case) -> None:
