@@ -3,9 +3,10 @@
     python benchmarks/gpu_kernels.py --out FOLDER [--only REGEX] [--quick] [--budget SECONDS]
 
 Nothing needs to be installed but torch and triton (2.11 and 3.6 or newer); whole sweeps also need
-transformers, peft and safetensors, and rows say what is missing. Every path is compared with a reference in
-float64 before it is timed; one that computes something else is not timed, and the exit status is 1. FOLDER
-gets gpu_kernels.json and gpu_kernels.md after each row, so that a run that is cut off leaves what it has.
+transformers, peft, safetensors and pydantic, and rows say what is missing. Every path is compared with a
+reference in float64 before it is timed; one that computes something else is not timed, and the exit status is
+1. FOLDER gets gpu_kernels.json and gpu_kernels.md after each row, so that a run that is cut off leaves what
+it has.
 
 ``--dry-run`` runs every path with tiny shapes on the CPU, kernels in Triton's interpreter: its numbers are
 marked as no measurements. ``--plan`` writes the table with every cell "not yet measured".

@@ -113,7 +113,7 @@ def _power(n: int) -> int:
 
 def chunked_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """Library GEMM into chunks of 16-bit logits, one pass over each."""
-    rows = max(1, CHUNK_BYTES // (2 * len(head)))
+    rows = max(128, CHUNK_BYTES // (2 * len(head)) // 128 * 128)  # whole tiles of the library's GEMM
     parts = [
         one_pass_losses(h @ head.T, t) for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
     ]

@@ -29,7 +29,7 @@ DISK = "merged models written to disk, loaded and evaluated"
 PATHS = (OURS_LOWRANK, OURS_MERGE)
 BASELINES = (MERGE_TORCH, MERGE_GRAPH, "separate shrink and expand-add, torch", "PEFT's forward")
 
-NEEDS = ("transformers", "peft", "safetensors")
+NEEDS = ("transformers", "peft", "safetensors", "pydantic")
 
 
 @dataclass(frozen=True)
