@@ -27,6 +27,7 @@ setup(
         "transformers>=4.57",
         "tokenizers",
         "peft",
+        "accelerate",
         "safetensors",
         "filelock",
         "fsspec",
