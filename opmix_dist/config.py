@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 
 from opmix_dist.data.remote import is_url
 from opmix_dist.search_config import SearchConfig
@@ -95,17 +95,62 @@ class DataConfig(Section):
         return dict.fromkeys(names, self.max_epochs)
 
 
+class FSDPConfig(Section):
+    replicas: int = Field(
+        1, ge=1, description="copies of the sharded model, each on an equal part of the ranks (HSDP)"
+    )
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        description="neighbouring ranks that share each matrix product (Llama, Mistral, Qwen2, Qwen3)",
+    )
+    loss_parallel: bool = Field(
+        False, description="leave the logits divided by vocabulary over the tensor_parallel ranks"
+    )
+    cpu_offload: bool = Field(
+        False, description="keep parameters, gradients and AdamW's moments in the CPU's memory"
+    )
+
+    @model_validator(mode="after")
+    def _logits_are_divided(self) -> FSDPConfig:
+        if self.loss_parallel and self.tensor_parallel == 1:
+            raise ValueError(
+                "engine.fsdp.loss_parallel needs engine.fsdp.tensor_parallel of 2 or more, not 1: set both"
+            )
+        return self
+
+
 class EngineConfig(Section):
-    name: Literal["auto", "fsdp", "single"] = Field(
+    name: Literal["auto", "single", "fsdp", "deepspeed", "megatron"] = Field(
         "auto", description="auto takes fsdp on several trainer ranks and single on one"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes cuda where there is one")
     param_dtype: DTypeName = Field("float32", description="dtype of the matrix products; masters are float32")
     reduce_dtype: DTypeName = Field("float32", description="dtype of the gradient reduction (fsdp)")
     reshard_after_forward: bool = Field(True, description="free gathered parameters after forward (fsdp)")
-    activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="what the backward pass recomputes of each block: selective keeps the results of matrix "
+        "products and attention",
+    )
     compile: bool = Field(False, description="torch.compile each transformer block")
+    float8: bool = Field(
+        False, description="matrix products of the blocks in float8 (torchao; GPUs from Ada and Hopper on)"
+    )
+    snapshot_dtype: DTypeName = Field("float32", description="dtype of the files that a search starts from")
     collective_timeout_s: float = Field(1800.0, gt=0, description="seconds before a stuck collective raises")
+    fsdp: FSDPConfig = FSDPConfig()
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _was_a_switch(cls, value: object) -> object:
+        """Runs that were started when there was one kind hold a boolean; YAML's ``off`` is one too."""
+        return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Trainer ranks that hold one copy of the model between them and compute on the same samples."""
+        return self.fsdp.tensor_parallel if self.name in ("auto", "fsdp") else 1
 
 
 class OptimizerConfig(Section):
@@ -266,6 +311,7 @@ RESUME_MAY_CHANGE = (
     "engine.device",
     "engine.reshard_after_forward",
     "engine.activation_checkpointing",
+    "engine.fsdp",
     "engine.compile",
     "engine.collective_timeout_s",
     "checkpoint",

@@ -139,12 +139,8 @@ class Engine(ABC):
     def state_dict(self) -> dict[str, Any]:
         """What torch DCP saves: ``{"parameter": {name: tensor}, "exp_avg": ..., "exp_avg_sq": ..., "step":
         [1] int64}``; tensors are DTensors, or whole and then on the rank of :func:`owners` only."""
-        mine = owners(self.shapes, self.world.size)
         state: dict[str, Any] = {"step": torch.tensor([self.optimizer_steps])}
-        for kind in KINDS:
-            whole = self._whole(kind)
-            state[kind] = {n: t.detach().cpu().clone() for n, t in whole if mine[n] == self.world.rank}
-        return state
+        return state | {kind: self._state(kind) for kind in KINDS}
 
     def load_state(self, read: Callable[[dict[str, Any]], None], *, optimizer: bool = True) -> None:
         """Take over a state of any engine.
@@ -155,11 +151,7 @@ class Engine(ABC):
             optimizer: false: parameters only; AdamW starts anew.
         """
         for kind in KINDS if optimizer else KINDS[:1]:
-            for names in _parts(self.shapes):
-                part = {name: torch.empty(self.shapes[name]) for name in names}
-                read({kind: part})
-                for name, tensor in part.items():
-                    self._set_whole(kind, name, tensor)
+            self._load(kind, read)
         if optimizer:
             step = torch.zeros(1, dtype=torch.int64)
             read({"step": step})
@@ -194,6 +186,20 @@ class Engine(ABC):
     @abstractmethod
     def _set_whole(self, kind: Kind, name: str, tensor: Tensor) -> None:
         """Take this rank's part of a whole float32 tensor on the CPU."""
+
+    def _state(self, kind: Kind) -> dict[str, Tensor]:
+        """What DCP saves of all parameters; of engines whose tensors it can divide itself, these."""
+        mine = owners(self.shapes, self.world.size)
+        whole = self._whole(kind)
+        return {n: t.detach().cpu().clone() for n, t in whole if mine[n] == self.world.rank}
+
+    def _load(self, kind: Kind, read: Callable[[dict[str, Any]], None]) -> None:
+        """Fill all parameters' tensors by ``read``."""
+        for names in _parts(self.shapes):
+            part = {name: torch.empty(self.shapes[name]) for name in names}
+            read({kind: part})
+            for name, tensor in part.items():
+                self._set_whole(kind, name, tensor)
 
     def _after_loading(self) -> None:  # noqa: B027  (most engines keep one copy)
         """All of :meth:`_set_whole` is done: copies in other dtypes may be made."""

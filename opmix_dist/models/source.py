@@ -55,7 +55,8 @@ class ModelSource:
         self.hf_config, self.attention, self.seed = hf_config, attention, seed
         self.trust_remote_code, self.weights = trust_remote_code, weights
         self.generation_config = None if weights is None else weights.generation_config()
-        hf_config.architectures = [type(self._skeleton).__name__]
+        self.architecture = type(self._skeleton).__name__
+        hf_config.architectures = [self.architecture]
         self._keys = {} if weights is None else self._find_keys(weights)
 
     def build(self) -> PreTrainedModel:
@@ -101,7 +102,7 @@ class ModelSource:
 
     def persistent_buffers(self) -> dict[str, Tensor]:
         """What a checkpoint holds besides parameters."""
-        model = cast(nn.Module, self.build())
+        model = cast(nn.Module, self._skeleton)
         names = model.state_dict().keys()
         return {name: buffer for name, buffer in model.named_buffers() if name in names}
 
@@ -139,8 +140,7 @@ class ModelSource:
                 owner._parameters.update(meta)
         if found.isnan().any():
             raise UserError(
-                f"{type(self._skeleton).__name__} does not say how {name} is initialised: start from "
-                "model.checkpoint"
+                f"{self.architecture} does not say how {name} is initialised: start from model.checkpoint"
             )
         return found
 
