@@ -120,6 +120,32 @@ class FSDPConfig(Section):
         return self
 
 
+class MegatronConfig(Section):
+    tensor_parallel: int = Field(1, ge=1, description="neighbouring ranks that share each matrix product")
+    pipeline_parallel: int = Field(1, ge=1, description="stages that the blocks are divided into (1F1B)")
+    sequence_parallel: bool = Field(
+        False, description="divide norms and the residual stream by token over the tensor_parallel ranks"
+    )
+    overlap_grad_reduce: bool = Field(
+        False, description="sum gradients over replicas while the backward pass goes on"
+    )
+    vocab_multiple: int = Field(
+        128, ge=1, description="tokens to pad the vocabulary on each tensor_parallel rank to a multiple of"
+    )
+    layers: Literal["auto", "local", "transformer_engine"] = Field(
+        "auto", description="auto takes transformer_engine where it is installed; local is plain torch"
+    )
+
+    @model_validator(mode="after")
+    def _tokens_are_divided(self) -> MegatronConfig:
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise ValueError(
+                "engine.megatron.sequence_parallel needs engine.megatron.tensor_parallel of 2 or more, not "
+                "1: set both"
+            )
+        return self
+
+
 class EngineConfig(Section):
     name: Literal["auto", "single", "fsdp", "deepspeed", "megatron"] = Field(
         "auto", description="auto takes fsdp on several trainer ranks and single on one"
@@ -140,6 +166,7 @@ class EngineConfig(Section):
     snapshot_dtype: DTypeName = Field("float32", description="dtype of the files that a search starts from")
     collective_timeout_s: float = Field(1800.0, gt=0, description="seconds before a stuck collective raises")
     fsdp: FSDPConfig = FSDPConfig()
+    megatron: MegatronConfig = MegatronConfig()
 
     @field_validator("activation_checkpointing", mode="before")
     @classmethod
@@ -150,6 +177,8 @@ class EngineConfig(Section):
     @property
     def ranks_per_replica(self) -> int:
         """Trainer ranks that hold one copy of the model between them and compute on the same samples."""
+        if self.name == "megatron":
+            return self.megatron.tensor_parallel * self.megatron.pipeline_parallel
         return self.fsdp.tensor_parallel if self.name in ("auto", "fsdp") else 1
 
 
@@ -312,6 +341,7 @@ RESUME_MAY_CHANGE = (
     "engine.reshard_after_forward",
     "engine.activation_checkpointing",
     "engine.fsdp",
+    "engine.megatron",
     "engine.compile",
     "engine.collective_timeout_s",
     "checkpoint",
