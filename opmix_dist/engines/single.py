@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import cast
 
@@ -45,7 +45,7 @@ class SingleEngine(Engine):
             use_float8(transformer_blocks(model), world.device)
         self.model = model
         self._place(source)
-        self.optimizer = _adamw(self.model, optimizer, fused=world.device.type == "cuda")
+        self.optimizer = self._start_optimizer(optimizer)
 
     def _find_replica(self) -> Replica:
         return Replica(0, 1)
@@ -56,6 +56,11 @@ class SingleEngine(Engine):
         for name in self.shapes:
             self._set_whole("parameter", name, source.tensor(name))
         prepare_blocks(transformer_blocks(self.model), self.config)
+
+    def _start_optimizer(self, config: OptimizerConfig) -> torch.optim.AdamW:
+        optimizer = adamw(self.model, self.shapes, config, fused=self.world.device.type == "cuda")
+        start_moments(optimizer, self.model.parameters())
+        return optimizer
 
     def _compute_context(self) -> AbstractContextManager[None]:
         """Around every forward pass and its backward pass."""
@@ -159,31 +164,42 @@ def materialise(model: PreTrainedModel, device: torch.device, buffers: torch.dev
     model.tie_weights()
 
 
-def _adamw(model: nn.Module, config: OptimizerConfig, *, fused: bool) -> torch.optim.AdamW:
-    """With its moments, which AdamW itself would make at its first step: so they can always be loaded."""
-    optimizer = torch.optim.AdamW(
-        _decay_groups(model, config.weight_decay),
+def adamw(
+    model: nn.Module, shapes: Mapping[str, torch.Size], config: OptimizerConfig, *, fused: bool
+) -> torch.optim.AdamW:
+    """
+    Args:
+        shapes: of the whole parameters, which those of a sharded model do not always show.
+    """
+    return torch.optim.AdamW(
+        _decay_groups(model, shapes, config.weight_decay),
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
         fused=fused,
     )
-    for parameter in model.parameters():
+
+
+def start_moments(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor]) -> None:
+    """Make the moments of ``parameters``, as AdamW itself would at its first step: so they can always be
+    loaded."""
+    for parameter in parameters:
         optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device if fused else "cpu"),
+            "step": torch.zeros((), device=parameter.device if optimizer.defaults["fused"] else "cpu"),
             "exp_avg": torch.zeros_like(parameter, requires_grad=False),
             "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
         }
-    return optimizer
 
 
-def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def _decay_groups(
+    model: nn.Module, shapes: Mapping[str, torch.Size], weight_decay: float
+) -> list[dict[str, object]]:
     """Matrices decay; biases and norm gains do not. Parameters of one group are on one mesh, if any, because
     AdamW's operations on lists take no mixture."""
     groups: dict[tuple[bool, object], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         mesh = getattr(parameter, "device_mesh", None)
-        groups.setdefault((parameter.dim() >= 2, mesh), []).append(parameter)
+        groups.setdefault((len(shapes[name]) >= 2, mesh), []).append(parameter)
     return [
         {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
         for (decays, _), parameters in groups.items()
