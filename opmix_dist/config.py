@@ -146,9 +146,34 @@ class MegatronConfig(Section):
         return self
 
 
+Offload = Literal["none", "cpu", "nvme"]
+
+
+class DeepSpeedConfig(Section):
+    """What is null here is as in ``config``; of what both give, the values must be the same."""
+
+    stage: Literal[1, 2, 3] | None = Field(
+        None,
+        description="ZeRO: divide AdamW's state over the ranks (1), gradients too (2), parameters too (3); "
+        "null: that of engine.deepspeed.config, else 2",
+    )
+    offload_optimizer: Offload | None = Field(None, description="where AdamW's state is kept and updated")
+    offload_parameters: Offload | None = Field(None, description="where parameters are kept (stage 3)")
+    nvme_path: str | None = Field(None, description="folder on each node for what is offloaded to nvme")
+    config: str | dict[str, Any] | None = Field(
+        None,
+        description="a ds_config.json of yours, its path or its content; `auto` in it is what is set here",
+    )
+    native_checkpoints: bool = Field(
+        False,
+        description="write DeepSpeed's own checkpoint beside each of ours, for ds_to_universal and "
+        "zero_to_fp32; a resume never reads it",
+    )
+
+
 class EngineConfig(Section):
     name: Literal["auto", "single", "fsdp", "deepspeed", "megatron"] = Field(
-        "auto", description="auto takes fsdp on several trainer ranks and single on one"
+        "auto", description="auto takes fsdp on several trainer ranks or where engine.fsdp is set; or single"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes cuda where there is one")
     param_dtype: DTypeName = Field("float32", description="dtype of the matrix products; masters are float32")
@@ -166,6 +191,7 @@ class EngineConfig(Section):
     snapshot_dtype: DTypeName = Field("float32", description="dtype of the files that a search starts from")
     collective_timeout_s: float = Field(1800.0, gt=0, description="seconds before a stuck collective raises")
     fsdp: FSDPConfig = FSDPConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     megatron: MegatronConfig = MegatronConfig()
 
     @field_validator("activation_checkpointing", mode="before")
@@ -341,6 +367,7 @@ RESUME_MAY_CHANGE = (
     "engine.reshard_after_forward",
     "engine.activation_checkpointing",
     "engine.fsdp",
+    "engine.deepspeed",
     "engine.megatron",
     "engine.compile",
     "engine.collective_timeout_s",

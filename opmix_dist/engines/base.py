@@ -11,12 +11,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from opmix_dist.config import RunConfig
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import World
 from opmix_dist.errors import UserError
@@ -73,6 +75,17 @@ class Engine(ABC):
     flops: FlopCounts
     shapes: dict[str, torch.Size]
     hf_config: PretrainedConfig
+
+    @classmethod  # noqa: B027  (most engines have nothing to check)
+    def check(cls, config: RunConfig, ranks: int) -> None:
+        """Called before anything is built.
+
+        Args:
+            ranks: of the trainers.
+
+        Raises:
+            UserError: settings of the engine contradict others of the run.
+        """
 
     @property
     def num_parameters(self) -> int:
@@ -157,6 +170,9 @@ class Engine(ABC):
             read({"step": step})
             self.optimizer_steps = int(step)
         self._after_loading()
+
+    def save_beside(self, folder: Path) -> None:  # noqa: B027  (most engines have no files of their own)
+        """Write what the engine itself wants to have in the folder of a checkpoint: no resume reads it."""
 
     @property
     @abstractmethod

@@ -7,7 +7,7 @@ from typing import Protocol, cast
 
 import torch
 
-from opmix_dist.config import EngineConfig, OptimizerConfig, RunConfig
+from opmix_dist.config import EngineConfig, FSDPConfig, OptimizerConfig, RunConfig
 from opmix_dist.distributed import World
 from opmix_dist.engines.base import Engine
 from opmix_dist.errors import UserError
@@ -28,6 +28,8 @@ class EngineClass(Protocol):
         sequence_length: int,
     ) -> Engine: ...
 
+    def check(self, config: RunConfig, ranks: int) -> None: ...
+
 
 # Imported when it is chosen: each may need packages that the others do not.
 ENGINES = {
@@ -43,14 +45,18 @@ def build_engine(config: RunConfig, source: ModelSource, world: World, sequence_
 
     Raises:
         UserError: ``engine.name: single`` with more than one trainer rank, an engine whose package is not
-            installed, or ``data.mask_documents`` with a model that does not keep documents apart.
+            installed or whose settings contradict others, or ``data.mask_documents`` with a model that does
+            not keep documents apart.
     """
     name = config.engine.name
     if name == "auto":
-        name = "fsdp" if world.size > 1 else "single"
+        wanted = config.engine.fsdp != FSDPConfig()  # offload, say, has its use on one rank too
+        name = "fsdp" if world.size > 1 or wanted else "single"
     if name == "single" and world.size > 1:
         raise UserError(f"engine.name single runs on one trainer rank, not {world.size}: set it to fsdp")
-    engine = _engine_class(name)(
+    engine_class = _engine_class(name)
+    engine_class.check(config, world.size)
+    engine = engine_class(
         source,
         world,
         config=config.engine,
