@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -110,16 +111,16 @@ class FSDPEngine(SingleEngine):
                     module.reshard()
 
     def _clip(self) -> Tensor:
-        """Tensor-parallel parameters and others are on different meshes, each with a norm of its own."""
-        groups: dict[DeviceMesh, list[Tensor]] = {}
-        for parameter in self.model.parameters():
-            gradient = cast(DTensor, parameter.grad)
-            groups.setdefault(gradient.device_mesh, []).append(gradient)
-        norms = [plain(nn.utils.get_total_norm(gradients)) for gradients in groups.values()]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-        scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        for gradients in groups.values():
-            torch._foreach_mul_([cast(DTensor, gradient).to_local() for gradient in gradients], scale)
+        """Parameters are divided over the whole mesh or over a part of it, so a number of the gradient may be
+        on several ranks: each counts it as the share that makes 1 of all of them. One sum over the ranks
+        follows, whatever the meshes."""
+        gradients = [cast(DTensor, parameter.grad) for parameter in self.model.parameters()]
+        local = [gradient.to_local() for gradient in gradients]
+        norms = torch.stack(torch._foreach_norm(local))
+        shares = [_pieces(gradient) / self.world.size for gradient in gradients]
+        squares = norms.square() @ torch.tensor(shares).to(norms)
+        norm = self.world.sum(squares).sqrt()
+        torch._foreach_mul_(local, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def _whole(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
@@ -139,6 +140,12 @@ class FSDPEngine(SingleEngine):
 def plain(tensor: Tensor) -> Tensor:
     """The whole of a DTensor, on every rank; collective over its mesh."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _pieces(tensor: DTensor) -> int:
+    """Into how many parts of their own its mesh divides a tensor."""
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in sizes if not placement.is_replicate())
 
 
 def fill(tensor: DTensor, part: Callable[[tuple[slice, ...]], Tensor]) -> None:

@@ -7,6 +7,8 @@ whose partial sums are added up. Norms and the residual stream are the same on a
 
 from __future__ import annotations
 
+import warnings
+
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
@@ -51,6 +53,8 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh, *, loss_parallel: bool
         loss_parallel: leave the logits divided by vocabulary; losses on them need torch's context of this
             name.
     """
+    # gathered logits are a view of what the collective has filled; nothing here changes them in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     logits = Shard(-1) if loss_parallel else Replicate()
     parallelize_module(
         model,
