@@ -57,6 +57,7 @@ class Checkpointer:
         if failure:
             log.warning("the checkpoint of step %d failed: %s", state.step, failure)
             return
+        engine.save_beside(folder)
         future = dcp.async_save(engine.state_dict(), checkpoint_id=folder, process_group=self.group)
         assert isinstance(future, Future)
         step = state.step  # `state` moves on with training, before the save has ended
