@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
 
-from opmix_dist.config import EngineConfig, OptimizerConfig, check_config
+from opmix_dist.config import EngineConfig, MegatronConfig, OptimizerConfig, RunConfig, check_config
 from opmix_dist.distributed import Placement, Role, World
+from opmix_dist.engines.megatron import MegatronEngine
 from opmix_dist.engines.megatron.loss import document_mask
 from opmix_dist.engines.megatron.support import require_supported
 from opmix_dist.engines.megatron.weights import Layout, Place
@@ -24,6 +25,7 @@ from opmix_dist.models.source import ModelSource
 from tests.engines.megatron_ranks import CASES, LLAMA3, MODELS, WRITERS
 from tests.engines.ranks import LENGTH, LR, SAVED, STEPS, heldout, train
 from tests.helpers import torchrun
+from tests.train.jobs import tiny_config
 
 RANKS = (4, 2)
 EXACT = [(ranks, name) for ranks, cases in CASES.items() for name in cases if name != "bfloat16"]
@@ -183,21 +185,36 @@ def test_tokens_look_at_earlier_ones_of_their_document_only() -> None:
     ]  # fmt: skip
 
 
-BEYOND: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
-    ("qwen3", {}, {"tensor_parallel": 2}, "does not divide 1 trainer rank"),
-    ("qwen3", {"compile": True}, {}, "engine.compile is not for"),
-    ("qwen3", {"float8": True}, {}, "engine.float8 is not for"),
-    ("qwen3", {}, {"layers": "transformer_engine"}, "engine.megatron.layers transformer_engine needs a GPU"),
-]
-
-
-@pytest.mark.parametrize(("model", "config", "megatron", "message"), BEYOND)
-def test_settings_that_cannot_be_are_named(
-    model: str, config: dict[str, Any], megatron: dict[str, Any], message: str
-) -> None:
-    settings = EngineConfig(**config, megatron=megatron)
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"engine": {"megatron": {"tensor_parallel": 2, "pipeline_parallel": 2}}},
+            "tensor_parallel 2 x engine.megatron.pipeline_parallel 2 does not divide 6 trainer rank",
+        ),
+        ({"engine": {"compile": True}}, "engine.compile is not for engine.name megatron"),
+        ({"engine": {"float8": True}}, "engine.float8 is not for engine.name megatron"),
+        (
+            {"engine": {"megatron": {"layers": "transformer_engine"}}, "data": {"mask_documents": True}},
+            "data.mask_documents is not for engine.megatron.layers transformer_engine",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_are_named(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        require_supported(ModelSource(MODELS[model]).build(), settings, ONE_RANK, LENGTH)
+        MegatronEngine.check(run_config(**sections), 6)
+
+
+def run_config(engine: dict[str, Any], data: dict[str, Any] | None = None) -> RunConfig:
+    plain = tiny_config(Path("data"), Path("run"), engine={"name": "megatron", **engine})
+    plain["data"] |= data or {}
+    return check_config(plain)
+
+
+def test_transformer_engine_needs_a_gpu() -> None:
+    config = EngineConfig(megatron=MegatronConfig(layers="transformer_engine"))
+    with pytest.raises(UserError, match="engine.megatron.layers transformer_engine needs a GPU"):
+        require_supported(ModelSource(MODELS["qwen3"]).build(), config, ONE_RANK, LENGTH)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +232,7 @@ def test_settings_that_cannot_be_are_named(
         ),
         ({"num_key_value_heads": 1}, LENGTH, "tensor_parallel 2 does not divide .* num_key_value_heads 1"),
         (
-            {"num_hidden_layers": 3},
+            {"num_hidden_layers": 3, "layer_types": None},
             LENGTH,
             "pipeline_parallel 2 does not divide .* num_hidden_layers 3: set it",
         ),
@@ -233,20 +250,15 @@ def test_models_that_cannot_be_are_named(changes: dict[str, Any], length: int, m
 def test_static_rotary_embeddings_are_accepted_and_other_families_are_not() -> None:
     config = Qwen3Config(**{**MODELS["qwen3"].to_diff_dict(), "rope_scaling": LLAMA3})
     require_supported(ModelSource(config).build(), EngineConfig(), ONE_RANK, LENGTH)
-    from transformers import GPT2Config
-
     gpt = ModelSource(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64)).build()
     with pytest.raises(UserError, match="knows llama, mistral, qwen2, qwen3, not gpt2"):
         require_supported(gpt, EngineConfig(), ONE_RANK, LENGTH)
 
 
 def test_sequence_parallelism_needs_tensor_parallelism() -> None:
-    data: dict[str, Any] = {
-        "run_dir": "r", "data": {"root": "d"}, "model": {"config": {"model_type": "llama"}},
-        "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
-        "engine": {"name": "megatron", "megatron": {"sequence_parallel": True}},
-    }  # fmt: skip
-    with pytest.raises(UserError, match="sequence_parallel needs engine.megatron.tensor_parallel of 2"):
-        check_config(data)
-    data["engine"]["megatron"] |= {"tensor_parallel": 2, "pipeline_parallel": 3}
-    assert check_config(data).engine.ranks_per_replica == 6
+    with pytest.raises(UserError, match=r"sequence_parallel needs engine.megatron.tensor_parallel of 2"):
+        run_config({"megatron": {"sequence_parallel": True}})
+    config = run_config(
+        {"megatron": {"sequence_parallel": True, "tensor_parallel": 2, "pipeline_parallel": 3}}
+    )
+    assert config.engine.ranks_per_replica == 6

@@ -24,7 +24,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
-from opmix_dist.config import EngineConfig, OptimizerConfig
+from opmix_dist.config import EngineConfig, OptimizerConfig, RunConfig
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import World
 from opmix_dist.engines.base import Engine, Kind, NonFiniteError, Replica, StepResult
@@ -32,7 +32,12 @@ from opmix_dist.engines.megatron.cpu import cpu_in_place_of_cuda
 from opmix_dist.engines.megatron.loss import document_mask, parallel_sample_losses
 from opmix_dist.engines.megatron.model import build_stage, transformer_config
 from opmix_dist.engines.megatron.shards import Shards
-from opmix_dist.engines.megatron.support import require_supported, uses_transformer_engine
+from opmix_dist.engines.megatron.support import (
+    NO_DOCUMENT_MASK,
+    require_settings,
+    require_supported,
+    uses_transformer_engine,
+)
 from opmix_dist.engines.megatron.weights import Index, Layout, Place, find_places, named_parameters
 from opmix_dist.errors import UserError
 from opmix_dist.models.flops import count_flops
@@ -56,7 +61,7 @@ class MegatronEngine(Engine):
     ) -> None:
         """
         Raises:
-            UserError: what Megatron cannot do of the settings or the model, before anything is built.
+            UserError: what Megatron cannot do of the model or on this machine, before anything is built.
         """
         model = source.build()
         require_supported(model, config, world, sequence_length)
@@ -81,6 +86,10 @@ class MegatronEngine(Engine):
             self._shards = Shards(self.optimizer)
         for name in self.shapes:
             self._fill("parameter", name, partial(source.part, name))
+
+    @classmethod
+    def check(cls, config: RunConfig, ranks: int) -> None:
+        require_settings(config, ranks)
 
     def _megatron(self) -> AbstractContextManager[None]:
         """Around every call into Megatron's code."""
@@ -171,9 +180,7 @@ class MegatronEngine(Engine):
 
     def _document_mask(self, position_ids: Tensor) -> Tensor:
         if self.has_transformer_engine:
-            raise UserError(
-                "data.mask_documents is not for engine.megatron.layers transformer_engine: set that to local"
-            )
+            raise UserError(NO_DOCUMENT_MASK)
         return document_mask(position_ids)
 
     def _loss(self, batch: TokenBatch, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

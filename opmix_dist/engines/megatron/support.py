@@ -8,26 +8,50 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from opmix_dist.config import EngineConfig
+from opmix_dist.config import EngineConfig, RunConfig
 from opmix_dist.distributed import World
 from opmix_dist.errors import UserError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+NO_DOCUMENT_MASK = (
+    "data.mask_documents is not for engine.megatron.layers transformer_engine: set that to local"
+)
 _STATIC_ROPE = ("default", "linear", "llama3")
 """Kinds of rotary embeddings that are a table of frequencies and nothing else."""
+
+
+def require_settings(config: RunConfig, ranks: int) -> None:
+    """What the configuration and the number of trainer ranks tell alone.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    engine, settings = config.engine, config.engine.megatron
+    if ranks % engine.ranks_per_replica:
+        raise UserError(
+            f"engine.megatron.tensor_parallel {settings.tensor_parallel} x "
+            f"engine.megatron.pipeline_parallel {settings.pipeline_parallel} does not divide {ranks} "
+            "trainer rank(s): change one of them"
+        )
+    for key in ("compile", "float8"):
+        if getattr(engine, key):
+            raise UserError(f"engine.{key} is not for engine.name megatron: set it to false")
+    if config.data.mask_documents and settings.layers == "transformer_engine":
+        raise UserError(NO_DOCUMENT_MASK)
 
 
 def require_supported(
     model: PreTrainedModel, config: EngineConfig, world: World, sequence_length: int
 ) -> None:
-    """
+    """What the model and the machine tell.
+
     Args:
         model: parameters may be on the meta device.
 
     Raises:
         UserError: naming the setting or the model's field.
     """
-    _require_settings(config, world, sequence_length)
+    _require_place(config, world, sequence_length)
     hf = model.config
     if hf.model_type not in FAMILIES:
         raise UserError(
@@ -38,18 +62,8 @@ def require_supported(
     _require_divisible(hf, config)
 
 
-def _require_settings(config: EngineConfig, world: World, sequence_length: int) -> None:
+def _require_place(config: EngineConfig, world: World, sequence_length: int) -> None:
     settings = config.megatron
-    ranks = settings.tensor_parallel * settings.pipeline_parallel
-    if world.size % ranks:
-        raise UserError(
-            f"engine.megatron.tensor_parallel {settings.tensor_parallel} x "
-            f"engine.megatron.pipeline_parallel {settings.pipeline_parallel} does not divide {world.size} "
-            "trainer rank(s): change one of them"
-        )
-    for key in ("compile", "float8"):
-        if getattr(config, key):
-            raise UserError(f"engine.{key} is not for engine.name megatron: set it to false")
     if settings.sequence_parallel and sequence_length % settings.tensor_parallel:
         raise UserError(
             f"engine.megatron.sequence_parallel divides samples of {sequence_length} tokens over "
