@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,10 +36,17 @@ def prepare_blocks(blocks: Sequence[nn.Module], config: EngineConfig) -> None:
         if config.activation_checkpointing == "selective":
             options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep)
         for block in blocks:
-            block.forward = partial(checkpoint, block.forward, **options)
+            block.forward = _recomputed(block.forward, options)
     if config.compile:
         for block in blocks:
             block.compile()
+
+
+def _recomputed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    def recomputed(*arguments: Any, **named: Any) -> Any:
+        return checkpoint(forward, *arguments, **options, **named)
+
+    return recomputed  # a functools.partial would not be compiled, without a word
 
 
 def _keep(_context: Any, operation: Any, *_arguments: Any, **_options: Any) -> CheckpointPolicy:

@@ -128,7 +128,7 @@ class FSDPEngine(SingleEngine):
             yield name, plain(tensor)
 
     def _set_whole(self, kind: Kind, name: str, tensor: Tensor) -> None:
-        fill(cast(DTensor, self._tensors(kind)[name]), tensor.__getitem__)
+        fill(cast(DTensor, self._tensor(kind, name)), tensor.__getitem__)
 
     def _state(self, kind: Kind) -> dict[str, Tensor]:
         return self._tensors(kind)

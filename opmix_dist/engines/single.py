@@ -139,16 +139,17 @@ class SingleEngine(Engine):
 
     def _tensors(self, kind: Kind) -> dict[str, Tensor]:
         """The tensors that this engine works with, by name."""
-        named = cast(nn.Module, self.model).named_parameters()
-        if kind == "parameter":
-            return {name: parameter.detach() for name, parameter in named}
-        return {name: self.optimizer.state[parameter][kind] for name, parameter in named}
+        return {name: self._tensor(kind, name) for name in self.shapes}
+
+    def _tensor(self, kind: Kind, name: str) -> Tensor:
+        parameter = cast(nn.Module, self.model).get_parameter(name)
+        return parameter.detach() if kind == "parameter" else self.optimizer.state[parameter][kind]
 
     def _whole(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
         yield from self._tensors(kind).items()
 
     def _set_whole(self, kind: Kind, name: str, tensor: Tensor) -> None:
-        self._tensors(kind)[name].copy_(tensor)
+        self._tensor(kind, name).copy_(tensor)
 
 
 def materialise(model: PreTrainedModel, device: torch.device, buffers: torch.device | None = None) -> None:

@@ -29,7 +29,7 @@ from opmix_dist.train.model_writer import ModelWriter
 from opmix_dist.train.state import TrainerState
 from tests.helpers import alone_in_rows, documents, one_by_one, pack, tiny_llama_config, uneven_batch
 
-BATCH, MICRO, LENGTH, LR = 12, 2, 16, 3e-3
+BATCH, MICRO, LENGTH, LR = 12, 3, 16, 3e-3
 STEPS, SAVED = 30, 4
 PACKS = documents(seed=0), documents(seed=10)
 
@@ -127,6 +127,7 @@ def everything(world: World, out: Path) -> None:
         report(world, out / f"packed_{world.size}.json", packs)
         report(world, out / f"exported_{world.size}.json", exported(world, out / f"hf_{world.size}"))
     write(world, out)
+    continue_all(world, out)
     if world.size == 2:  # last: it leaves a model of NaN
         (out / f"raised_{world.rank}.json").write_text(json.dumps(non_finite(world)))
 
@@ -180,7 +181,7 @@ def write(world: World, out: Path) -> None:
 
 
 def continue_all(world: World, out: Path) -> None:
-    """Every layout of this number of ranks continues every checkpoint."""
+    """Every layout of this number of ranks continues every checkpoint that is there."""
     runs = sorted((out / "runs").iterdir())
     found = {
         reader: {run.name: resumed(world, run, config) for run in runs}
@@ -259,7 +260,7 @@ def report(world: World, path: Path, found: object) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    joined = World.join(Placement.from_environment(pool_ranks=0), device="cpu", timeout_s=60)
+    joined = World.join(Placement.from_environment(pool_ranks=0), device="cpu", timeout_s=120)
     {command.__name__: command for command in (everything, continue_all)}[sys.argv[1]](
         joined, Path(sys.argv[2])
     )

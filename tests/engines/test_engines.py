@@ -23,12 +23,11 @@ pytestmark = pytest.mark.launch
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What launches of 1, 2, 3 and 4 ranks have found, each in the order of its file's name."""
+    """What launches of 1, 2, 3 and 4 ranks have found; at last one rank continues what all have written."""
     folder = tmp_path_factory.mktemp("engines")
     for ranks in (1, 2, 3, 4):
         torchrun(ranks, "tests.engines.ranks", "everything", str(folder))
-    for ranks in (1, 2, 3, 4):
-        torchrun(ranks, "tests.engines.ranks", "continue_all", str(folder))
+    torchrun(1, "tests.engines.ranks", "continue_all", str(folder))
     return folder
 
 
@@ -92,10 +91,11 @@ def test_resume_is_exact(out: Path, ranks: int) -> None:
         assert rest == again, "not bit-identical"
 
 
-def test_every_layout_continues_every_checkpoint(out: Path, single: dict[str, Any]) -> None:
-    """With AdamW's moments and step: a missing one moves the curve by per cents."""
-    names = {name for writers in WRITERS.values() for name in writers}
+def test_layouts_continue_the_checkpoints_of_others(out: Path, single: dict[str, Any]) -> None:
+    """Of as many ranks or fewer, and one process those of all. With AdamW's moments and step: a missing one
+    moves the curve by per cents."""
     for ranks, readers in WRITERS.items():
+        names = {name for n, writers in WRITERS.items() if n <= ranks or ranks == 1 for name in writers}
         matrix = read(out, f"resumed_{ranks}")
         assert matrix.keys() == readers.keys()
         for reader, rows in matrix.items():
