@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +34,8 @@ class DeepSpeedEngine(SingleEngine):
     """AdamW's state (stage 1), gradients too (2), or parameters too (3) are divided over the ranks.
 
     The float32 masters and moments are flat pieces, which DeepSpeed's accessors put together by parameter.
-    Forward and backward passes go through its engine: hooks there gather, reduce and count.
+    Forward and backward passes go through its engine: hooks there gather, reduce and count. Stage 3 computes
+    with a copy of its masters' parts, stages 1 and 2 with whole parameters.
     """
 
     def __init__(
@@ -79,11 +82,12 @@ class DeepSpeedEngine(SingleEngine):
 
         offloaded = "offload_optimizer" in self.settings["zero_optimization"]
         fused = offloaded or self.world.device.type == "cuda"
-        self.engine, *_ = deepspeed.initialize(
-            model=self.model,
-            optimizer=adamw(self.model, self.shapes, config, fused=fused),
-            config=self.settings,
-        )
+        with redirect_stdout(io.StringIO()):  # where stage 1 prints memory that is in use
+            self.engine, *_ = deepspeed.initialize(
+                model=self.model,
+                optimizer=adamw(self.model, self.shapes, config, fused=fused),
+                config=self.settings,
+            )
         optimizer = cast(torch.optim.AdamW, self.engine.basic_optimizer)
         if self.stage == 3:
             self._start_moments_of_parts(optimizer)
@@ -159,8 +163,8 @@ class DeepSpeedEngine(SingleEngine):
             self._set_computed(parameter, tensor)
 
     def _set_padded(self, kind: Kind, parameter: nn.Parameter, tensor: Tensor) -> None:
-        """The ranks' parts are of one size, the last one padded, which the accessors of whole tensors pass
-        over."""
+        """The ranks' parts are of one size, the last one padded, which the setters of whole tensors do not
+        know."""
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         size = -(-tensor.numel() // self.world.size)
@@ -207,28 +211,34 @@ def _require_supported(hf_config: PretrainedConfig, config: EngineConfig, stage:
         raise UserError(
             f"engine.name deepspeed does not train experts, which {text.model_type} has: take fsdp"
         )
-    if stage == 3 and config.activation_checkpointing == "selective":
+    if stage == 3 and config.compile:
+        # it works, but every module's hooks end a graph, and are compiled themselves
         raise UserError(
-            "engine.activation_checkpointing selective does not go with ZeRO stage 3: take full or none, or "
-            "set engine.deepspeed.stage to 2"
+            "engine.compile has no use with ZeRO stage 3: set it to false, or engine.deepspeed.stage to 2"
         )
 
 
 def _load_deepspeed(device: torch.device, *, quiet: bool) -> None:
-    """Import it for the trainers' group, which exists already: with one missing, it would make one of the
-    whole launch.
+    """Import it for the trainers' group, which exists already: without one, it would make one of the whole
+    launch.
 
     Collective over the trainer ranks.
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", "0")  # of a process without a launcher
-    import deepspeed
-
+    try:
+        import deepspeed
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"engine.name deepspeed needs the package {error.name}: install it or choose another engine"
+        ) from None
     if device.type == "cpu":
         # else it compiles, for a minute, a reduction through shared memory
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if quiet:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # of names of collectives that torch is about to change, at every call
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
 
 

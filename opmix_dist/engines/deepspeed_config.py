@@ -219,6 +219,8 @@ def _without_auto(settings: Mapping[str, Any]) -> Settings:
 
 def _require_same(user: Settings, decided: _Decided) -> None:
     found = _get(user, decided.path)
+    if isinstance(found, str):
+        found = _DTYPES.get(found, found)
     if found is not None and found != decided.value:
         raise _error(f"{decided.path} is {_shown(found)}, but {decided.ours}: change one of them")
 

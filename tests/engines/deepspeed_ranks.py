@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opmix_dist.config import CheckpointConfig, EngineConfig, OptimizerConfig
 from opmix_dist.distributed import Placement, Role, World
-from opmix_dist.engines.base import KINDS, Engine
+from opmix_dist.engines.base import Engine
 from opmix_dist.engines.deepspeed import DeepSpeedEngine
 from opmix_dist.engines.fsdp import FSDPEngine
 from opmix_dist.exchange.rundir import RunDir
@@ -53,17 +53,18 @@ USER = {
 """A ds_config.json as Hugging Face's trainer takes it."""
 OFFLOAD = {"offload_optimizer": "cpu", "stage": 2}
 OFFLOAD_ALL = {"offload_optimizer": "cpu", "offload_parameters": "cpu", "stage": 3}
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "stage 1": ("llama", {"deepspeed": {"stage": 1}}),
-    "stage 2": ("llama", {}),
-    "stage 3": ("llama", {"deepspeed": {"stage": 3}}),
-    "user's": ("qwen3", {"deepspeed": {"config": USER}}),
-    "offload": ("even", {"deepspeed": OFFLOAD}),
-    "offload all, full": ("even", {"deepspeed": OFFLOAD_ALL, "activation_checkpointing": "full"}),
-    "selective": ("qwen3", {"activation_checkpointing": "selective"}),
+# Model, settings of the engine and number of steps.
+CASES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "stage 1": ("llama", {"deepspeed": {"stage": 1}}, STEPS),
+    "stage 2": ("llama", {}, STEPS),
+    "stage 3": ("llama", {"deepspeed": {"stage": 3}}, STEPS),
+    "user's": ("qwen3", {"deepspeed": {"config": USER}}, 8),
+    "offload": ("even", {"deepspeed": OFFLOAD}, 8),
+    "offload all, full": ("even", {"deepspeed": OFFLOAD_ALL, "activation_checkpointing": "full"}, 8),
+    "selective": ("qwen3", {"deepspeed": {"stage": 3}, "activation_checkpointing": "selective"}, 8),
 }
-HALVES: dict[str, tuple[str, dict[str, Any]]] = {
-    f"stage {stage}": ("llama", {"deepspeed": {"stage": stage}, "param_dtype": "bfloat16"})
+HALVES: dict[str, tuple[str, dict[str, Any], int]] = {
+    f"stage {stage}": ("llama", {"deepspeed": {"stage": stage}, "param_dtype": "bfloat16"}, 8)
     for stage in (1, 2, 3)
 }
 WRITERS: dict[str, dict[str, Any]] = {
@@ -71,9 +72,25 @@ WRITERS: dict[str, dict[str, Any]] = {
     "stage2": {"deepspeed": {"stage": 2, "native_checkpoints": True}},
     "stage3": {"deepspeed": {"stage": 3}},
     "offload": {"deepspeed": OFFLOAD_ALL},
-    "bfloat16": {"deepspeed": {"stage": 3}, "param_dtype": "bfloat16"},
-    "bfloat16 1": {"deepspeed": {"stage": 1}, "param_dtype": "bfloat16"},
+    "half1": {"deepspeed": {"stage": 1}, "param_dtype": "bfloat16"},
+    "half3": {"deepspeed": {"stage": 3}, "param_dtype": "bfloat16"},
     "fsdp": {"name": "fsdp"},
+}
+RAISING: dict[str, dict[str, Any]] = {
+    "stage 2": {},
+    "stage 3": {"deepspeed": {"stage": 3}},
+    "half 1": {"deepspeed": {"stage": 1}, "param_dtype": "bfloat16"},
+    "offload": {"deepspeed": OFFLOAD},
+}
+# By number of ranks: who continues whose checkpoints, each written by two.
+CROSSINGS: dict[int, dict[str, tuple[str, ...]]] = {
+    1: {"stage1": ("fsdp",), "stage3": ("stage2",)},
+    3: {
+        "stage1": ("stage3",),
+        "stage2": ("stage1", "fsdp"),
+        "stage3": ("stage2", "fsdp", "offload"),
+        "fsdp": ("stage1", "stage3"),
+    },
 }
 
 
@@ -91,23 +108,17 @@ def build(world: World, source: ModelSource, config: dict[str, Any]) -> Engine:
 def write(world: World, out: Path) -> None:
     """Curves of all cases; of each writer the steps after its checkpoint, as it goes on and from the
     checkpoint; a NaN."""
-    found = {
-        name: {"model": model, **curve(build(world, fresh(model), config), STEPS)}
-        for name, (model, config) in CASES.items()
-    }
-    report(world, out / "curves.json", found)
-    halves = {name: curve(build(world, fresh(model), config), 8) for name, (model, config) in HALVES.items()}
-    report(world, out / "halves.json", halves)
+    report(world, out / "curves.json", {name: curve(world, *case) for name, case in CASES.items()})
+    report(world, out / "halves.json", {name: curve(world, *case) for name, case in HALVES.items()})
     report(world, out / "exact.json", {name: exact(world, out, name) for name in WRITERS})
-    stages = {name: non_finite(world, case) for name, case in WRITERS.items() if name != "fsdp"}
-    (out / f"raised_{world.rank}.json").write_text(json.dumps(stages))
+    raising = {name: non_finite(world, case) for name, case in RAISING.items()}
+    (out / f"raised_{world.rank}.json").write_text(json.dumps(raising))
 
 
-def curve(engine: Engine, steps: int) -> dict[str, Any]:
-    return {
-        "steps": train(engine, 0, steps),
-        "evaluation": engine.evaluate(heldout(), batch_size=2).tolist(),
-    }
+def curve(world: World, model: str, config: dict[str, Any], steps: int) -> dict[str, Any]:
+    engine = build(world, fresh(model), config)
+    found = train(engine, 0, steps)
+    return {"model": model, "steps": found, "evaluation": engine.evaluate(heldout(), batch_size=2).tolist()}
 
 
 def exact(world: World, out: Path, name: str) -> dict[str, Any]:
@@ -135,14 +146,13 @@ def load(world: World, run: Path, engine: Engine) -> None:
 
 
 def continue_all(world: World, out: Path) -> None:
-    """Every writer continues every checkpoint, on another number of ranks."""
     found: dict[str, Any] = {}
-    for reader, config in WRITERS.items():
-        for written in WRITERS:
-            engine = build(world, ModelSource(MODELS["llama"], seed=4), config)
+    for reader, runs in CROSSINGS[world.size].items():
+        for written in runs:
+            engine = build(world, ModelSource(MODELS["llama"], seed=4), WRITERS[reader])
             load(world, out / "runs" / written, engine)
-            found.setdefault(reader, {})[written] = train(engine, SAVED, 2 * SAVED)
-    report(world, out / f"resumed_{world.size}.json", found)
+            found[f"{reader} continues {written}"] = [written, train(engine, SAVED, 2 * SAVED)]
+    report(world, out / f"continued_{world.size}.json", found)
 
 
 def non_finite(world: World, config: dict[str, Any]) -> dict[str, Any]:
