@@ -4,11 +4,13 @@ runs."""
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, LlamaConfig
 
 from opmix_dist.config import EngineConfig, OptimizerConfig, RunConfig, check_config
@@ -19,7 +21,7 @@ from opmix_dist.engines.single import SingleEngine
 from opmix_dist.engines.tensor_parallel import require_parallelizable
 from opmix_dist.errors import UserError
 from opmix_dist.models.source import ModelSource
-from tests.helpers import tiny_llama_config
+from tests.helpers import random_batch, tiny_llama_config
 from tests.train.jobs import tiny_config
 
 
@@ -99,3 +101,36 @@ def test_parameters_without_a_gradient_take_their_steps_too() -> None:
     engine._complete_gradients()
     assert unused.grad is not None
     assert not unused.grad.any()
+
+
+@pytest.mark.parametrize("kind", ["none", "selective", "full"])
+def test_blocks_are_compiled_whatever_they_recompute(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced without a graph break, and run as traced: no C++ compiler is needed."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+    losses = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        engine = build(SingleEngine, compile=compiled, activation_checkpointing=kind)
+        result = engine.train_step([random_batch(0, 2, 16)], lr=1e-3)
+        losses.append([*result.sample_losses.tolist(), result.grad_norm])
+        assert bool(graphs) == compiled
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_what_is_recomputed_is_what_the_setting_says() -> None:
+    """2 FLOPs x 2 blocks x 32 tokens x (queries and output 2 x 32 x 32, keys and values 2 x 32 x 16, gate and
+    up 2 x 32 x 48); the last product of a block has no use in the backward pass."""
+    products = {}
+    for kind in ("none", "selective", "full"):
+        engine = build(SingleEngine, activation_checkpointing=kind)
+        with FlopCounterMode(display=False) as counter:
+            engine.train_step([random_batch(0, 2, 16)], lr=1e-3)
+        products[kind] = counter.get_total_flops()
+    assert products["selective"] == products["none"]
+    assert products["full"] - products["none"] == 2 * 2 * 32 * (2048 + 1024 + 3072)
