@@ -191,16 +191,21 @@ def passed_on(world: World, out: Path) -> list[list[float]]:
 
 
 def non_finite(world: World, megatron: dict[str, Any]) -> dict[str, Any]:
-    """A step, then a NaN in one number of one rank: all ranks raise, and none changes its parameters."""
+    """A step, then one with a NaN in one number of one rank: all ranks raise, and none changes its
+    parameters. Then the number is as it was, and a step more."""
     engine = build(world, "llama", {"megatron": megatron})
     train(engine, 0, 1)
     before = whole(engine)
+    numbers = next(iter(engine._parameters.values())).data.view(-1)
+    number = numbers[0].item()
     if world.rank == 0:
-        next(iter(engine._parameters.values())).data.view(-1)[0] = float("nan")
+        numbers[0] = float("nan")
     error = raised(engine, uneven_batch(0, MICRO * engine.replica.size, LENGTH))
+    numbers[0] = number
     after = whole(engine)
     moved = [name for name in before if not torch.equal(before[name], after[name])]
-    return {"error": error, "moved": moved, "steps": engine.optimizer_steps}
+    steps = engine.optimizer_steps
+    return {"error": error, "moved": moved, "steps": steps, "next": train(engine, 1, 2)}
 
 
 def whole(engine: Engine) -> dict[str, Tensor]:

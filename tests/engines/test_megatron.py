@@ -134,13 +134,11 @@ def test_exports_are_in_parts_of_all_ranks_and_load_with_transformers(out: Path)
 
 
 @pytest.mark.launch
-def test_a_nan_on_one_rank_stops_all_and_changes_nothing(out: Path) -> None:
+def test_a_nan_on_one_rank_stops_all_and_changes_nothing(out: Path, single: dict[str, Any]) -> None:
     for rank in range(2):
         for outcome in read(out, f"raised_{rank}"):
-            assert outcome["error"] == "NonFiniteError"
-            assert outcome["steps"] == 1
-            # NaN is not equal to itself
-            assert outcome["moved"] == ["parameter model.embed_tokens.weight"]
+            assert_same_steps(outcome.pop("next"), single["llama"]["steps"][1:2])
+            assert outcome == {"error": "NonFiniteError", "moved": [], "steps": 1}
 
 
 def test_parts_of_merged_matrices_are_the_rows_of_their_heads() -> None:
