@@ -140,6 +140,9 @@ class DeepSpeedEngine(SingleEngine):
             self._require_finite(sample_sums)
         return StepResult(sample_sums, targets, float(self.engine.get_global_grad_norm()))
 
+    def _drop_gradients(self) -> None:
+        """DeepSpeed has done so, and keeps the memory."""
+
     def _whole(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -239,7 +242,8 @@ def _load_deepspeed(device: torch.device, *, quiet: bool) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # of names of collectives that torch is about to change, at every call
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
 def _require_accepted(settings: Settings) -> None:

@@ -99,15 +99,18 @@ class SingleEngine(Engine):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._drop_gradients()
         return StepResult(sample_sums, targets, grad_norm.item())
 
     def _require_finite(self, losses: Tensor) -> None:
         """Collective, so that no rank goes on alone."""
         bad = self.sum((~losses.isfinite()).sum())
         if bad > 0:
-            self.optimizer.zero_grad(set_to_none=True)
+            self._drop_gradients()
             raise NonFiniteError(f"{int(bad)} training samples of the global batch have a NaN or inf loss")
+
+    def _drop_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _complete_gradients(self) -> None:
         """A parameter that no sample has used (an expert) has a gradient of 0, so that all have made the same
