@@ -14,7 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from transformers import MixtralConfig
 
-from opmix_dist.config import EngineConfig, OptimizerConfig, check_config
+from opmix_dist.config import EngineConfig, OptimizerConfig, check_config, load_config
 from opmix_dist.distributed import Placement, Role, World
 from opmix_dist.engines.base import KINDS
 from opmix_dist.engines.deepspeed import DeepSpeedEngine, _require_accepted
@@ -25,7 +25,7 @@ from opmix_dist.models.source import ModelSource
 from opmix_dist.train.checkpoint import SafePlanner, SafeReader
 from tests.engines.deepspeed_ranks import CASES, CROSSINGS, HALVES, RAISING, TRAINERS, USER, WRITERS
 from tests.engines.ranks import LENGTH, LR, MODELS, SAVED, STEPS, fresh, heldout, train
-from tests.helpers import torchrun
+from tests.helpers import ROOT, torchrun
 
 ALONE = World(Placement(Role.TRAINER, 0, 1), torch.device("cpu"))
 
@@ -151,6 +151,16 @@ def test_a_users_file_is_taken_with_what_is_ours(tmp_path: Path) -> None:
     assert found["bf16"] == {"enabled": False}
     assert found["wall_clock_breakdown"]
     assert not {"optimizer", "scheduler", "train_batch_size"} & set(found)
+
+
+def test_the_shipped_files_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = load_config("configs/deepspeed.yaml")
+    DeepSpeedEngine.check(config, ranks=8)
+    found = deepspeed_settings(config.engine, config.optimizer)
+    assert found["zero_optimization"]["stage"] == 3
+    assert found["bf16"] == {"enabled": True}
+    _require_accepted(found)
 
 
 def test_offload_settings_are_passed_through() -> None:
