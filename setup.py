@@ -27,6 +27,7 @@ setup(
         "transformers>=4.57",
         "tokenizers",
         "peft",
+        "accelerate",
         "safetensors",
         "filelock",
         "fsspec",
@@ -38,5 +39,6 @@ setup(
         "rich",
         "plotly",
     ],
+    extras_require={"deepspeed": ["deepspeed>=0.19.8"]},
     entry_points={"console_scripts": ["opmix=opmix_dist.cli:main"]},
 )

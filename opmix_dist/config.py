@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 
 from opmix_dist.data.remote import is_url
 from opmix_dist.search_config import SearchConfig
@@ -95,17 +95,117 @@ class DataConfig(Section):
         return dict.fromkeys(names, self.max_epochs)
 
 
+class FSDPConfig(Section):
+    replicas: int = Field(
+        1, ge=1, description="copies of the sharded model, each on an equal part of the ranks (HSDP)"
+    )
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        description="neighbouring ranks that share each matrix product (Llama, Mistral, Qwen2, Qwen3)",
+    )
+    loss_parallel: bool = Field(
+        False, description="leave the logits divided by vocabulary over the tensor_parallel ranks"
+    )
+    cpu_offload: bool = Field(
+        False, description="keep parameters, gradients and AdamW's moments in the CPU's memory"
+    )
+
+    @model_validator(mode="after")
+    def _logits_are_divided(self) -> FSDPConfig:
+        if self.loss_parallel and self.tensor_parallel == 1:
+            raise ValueError(
+                "engine.fsdp.loss_parallel needs engine.fsdp.tensor_parallel of 2 or more, not 1: set both"
+            )
+        return self
+
+
+class MegatronConfig(Section):
+    tensor_parallel: int = Field(1, ge=1, description="neighbouring ranks that share each matrix product")
+    pipeline_parallel: int = Field(1, ge=1, description="stages that the blocks are divided into (1F1B)")
+    sequence_parallel: bool = Field(
+        False, description="divide norms and the residual stream by token over the tensor_parallel ranks"
+    )
+    overlap_grad_reduce: bool = Field(
+        False, description="sum gradients over replicas while the backward pass goes on"
+    )
+    vocab_multiple: int = Field(
+        128, ge=1, description="tokens to pad the vocabulary on each tensor_parallel rank to a multiple of"
+    )
+    layers: Literal["auto", "local", "transformer_engine"] = Field(
+        "auto", description="auto takes transformer_engine where it is installed; local is plain torch"
+    )
+
+    @model_validator(mode="after")
+    def _tokens_are_divided(self) -> MegatronConfig:
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise ValueError(
+                "engine.megatron.sequence_parallel needs engine.megatron.tensor_parallel of 2 or more, not "
+                "1: set both"
+            )
+        return self
+
+
+Offload = Literal["none", "cpu", "nvme"]
+
+
+class DeepSpeedConfig(Section):
+    """What is null here is as in ``config``; of what both give, the values must be the same."""
+
+    stage: Literal[1, 2, 3] | None = Field(
+        None,
+        description="ZeRO: divide AdamW's state over the ranks (1), gradients too (2), parameters too (3); "
+        "null: that of engine.deepspeed.config, else 2",
+    )
+    offload_optimizer: Offload | None = Field(None, description="where AdamW's state is kept and updated")
+    offload_parameters: Offload | None = Field(None, description="where parameters are kept (stage 3)")
+    nvme_path: str | None = Field(None, description="folder on each node for what is offloaded to nvme")
+    config: str | dict[str, Any] | None = Field(
+        None,
+        description="a ds_config.json of yours, its path or its content; `auto` in it is what is set here",
+    )
+    native_checkpoints: bool = Field(
+        False,
+        description="write DeepSpeed's own checkpoint beside each of ours, for ds_to_universal and "
+        "zero_to_fp32; a resume never reads it",
+    )
+
+
 class EngineConfig(Section):
-    name: Literal["auto", "fsdp", "single"] = Field(
-        "auto", description="auto takes fsdp on several trainer ranks and single on one"
+    name: Literal["auto", "single", "fsdp", "deepspeed", "megatron"] = Field(
+        "auto", description="auto takes fsdp on several trainer ranks or where engine.fsdp is set; or single"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes cuda where there is one")
     param_dtype: DTypeName = Field("float32", description="dtype of the matrix products; masters are float32")
     reduce_dtype: DTypeName = Field("float32", description="dtype of the gradient reduction (fsdp)")
     reshard_after_forward: bool = Field(True, description="free gathered parameters after forward (fsdp)")
-    activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="what the backward pass recomputes of each block: selective keeps the results of matrix "
+        "products and attention",
+    )
     compile: bool = Field(False, description="torch.compile each transformer block")
+    float8: bool = Field(
+        False, description="matrix products of the blocks in float8 (torchao; GPUs from Ada and Hopper on)"
+    )
+    snapshot_dtype: DTypeName = Field("float32", description="dtype of the files that a search starts from")
     collective_timeout_s: float = Field(1800.0, gt=0, description="seconds before a stuck collective raises")
+    fsdp: FSDPConfig = FSDPConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    megatron: MegatronConfig = MegatronConfig()
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _was_a_switch(cls, value: object) -> object:
+        """Runs that were started when there was one kind hold a boolean; YAML's ``off`` is one too."""
+        return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Trainer ranks that hold one copy of the model between them and compute on the same samples."""
+        if self.name == "megatron":
+            return self.megatron.tensor_parallel * self.megatron.pipeline_parallel
+        return self.fsdp.tensor_parallel if self.name in ("auto", "fsdp") else 1
 
 
 class OptimizerConfig(Section):
@@ -271,6 +371,9 @@ RESUME_MAY_CHANGE = (
     "engine.device",
     "engine.reshard_after_forward",
     "engine.activation_checkpointing",
+    "engine.fsdp",
+    "engine.deepspeed",
+    "engine.megatron",
     "engine.compile",
     "engine.collective_timeout_s",
     "checkpoint",

@@ -19,10 +19,9 @@ from opmix_dist.data.samples import Sample
 ROOT = Path(__file__).parent.parent
 
 
-def tiny_llama(seed: int = 0, *, vocab_size: int = 64, tied: bool = False) -> PreTrainedModel:
-    """Two blocks of width 32; grouped-query attention; float32."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
+def tiny_llama_config(*, vocab_size: int = 64, tied: bool = False) -> LlamaConfig:
+    """Two blocks of width 32; grouped-query attention."""
+    return LlamaConfig(
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -32,7 +31,12 @@ def tiny_llama(seed: int = 0, *, vocab_size: int = 64, tied: bool = False) -> Pr
         max_position_embeddings=64,
         tie_word_embeddings=tied,
     )
-    return LlamaForCausalLM(config)
+
+
+def tiny_llama(seed: int = 0, *, vocab_size: int = 64, tied: bool = False) -> PreTrainedModel:
+    """:func:`tiny_llama_config` in float32, initialised by transformers."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(tiny_llama_config(vocab_size=vocab_size, tied=tied))
 
 
 def random_tokens(seed: int, *shape: int, vocab_size: int = 64) -> Tensor:

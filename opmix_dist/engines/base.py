@@ -1,25 +1,32 @@
 """The Engine interface: what the training loop may ask of whatever holds the model.
 
 Public methods check and document; subclasses implement the underscored ones, so that no engine can forget
-a check.
+a check. Whatever leaves or enters an engine has Hugging Face names and whole shapes, or torch's own sharded
+tensors of these: a checkpoint, a snapshot or an export does not tell which engine wrote it.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
+from opmix_dist.config import RunConfig
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import World
 from opmix_dist.errors import UserError
 from opmix_dist.models.flops import FlopCounts
+
+Kind = Literal["parameter", "exp_avg", "exp_avg_sq"]
+"""A parameter in float32, or one of AdamW's two moments of it."""
+KINDS: tuple[Kind, ...] = ("parameter", "exp_avg", "exp_avg_sq")
 
 
 class NonFiniteError(RuntimeError):
@@ -30,9 +37,10 @@ class NonFiniteError(RuntimeError):
 class StepResult:
     """What one optimiser step measured.
 
-    sample_losses: [b] float64 on the CPU, this rank's samples in order: nats summed over each one's targets.
+    sample_losses: [b] float64 on the CPU, this replica's samples in order: nats summed over each one's
+        targets. On ranks that do not count (:class:`Replica`) they may be zeros.
     targets: [b] int64 on the CPU, their number; 0 where a sample has none.
-    grad_norm: global L2 norm of the gradient before clipping.
+    grad_norm: global L2 norm of the gradient before clipping, on every rank.
     """
 
     sample_losses: Tensor
@@ -40,24 +48,62 @@ class StepResult:
     grad_norm: float
 
 
+@dataclass(frozen=True)
+class Replica:
+    """The copy of the model that this rank holds, or a part of by tensor or pipeline parallelism.
+
+    rank, size: among the replicas, which divide the global batch.
+    counts: true on exactly one rank of each replica: the one whose losses enter sums over the global batch.
+    """
+
+    rank: int
+    size: int
+    counts: bool = True
+
+
 class Engine(ABC):
     """Holds model and optimiser over the trainer ranks of ``world``.
 
     Every method is collective: all trainer ranks call it, in the same order, at the same step.
+
+    shapes: of the parameters, by Hugging Face name; tied ones once, under the name that comes first.
+    hf_config: of the model.
     """
 
     world: World
+    replica: Replica
     flops: FlopCounts
-    num_parameters: int
+    shapes: dict[str, torch.Size]
+    hf_config: PretrainedConfig
 
-    def train_step(self, microbatches: Sequence[TokenBatch], *, lr: float) -> StepResult:
-        """One optimiser step on the global batch, of which this rank holds ``microbatches``.
-
-        The gradient is that of the mean loss over all targets of the global batch, however it is divided
-        over ranks and micro-batches: samples, micro-batches and ranks may have few of them, or none.
+    @classmethod  # noqa: B027  (most engines have nothing to check)
+    def check(cls, config: RunConfig, ranks: int) -> None:
+        """Called before anything is built.
 
         Args:
-            microbatches: b samples of T tokens each, on the CPU; the same number of them on every rank.
+            ranks: of the trainers.
+
+        Raises:
+            UserError: settings of the engine contradict others of the run.
+        """
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the replicas, on every rank."""
+        return self.world.sum(values if self.replica.counts else torch.zeros_like(values))
+
+    def train_step(self, microbatches: Sequence[TokenBatch], *, lr: float) -> StepResult:
+        """One optimiser step on the global batch, of which this replica holds ``microbatches``.
+
+        The gradient is that of the mean loss over all targets of the global batch, however it is divided
+        over replicas and micro-batches: samples, micro-batches and replicas may have few of them, or none.
+
+        Args:
+            microbatches: b samples of T tokens each, on the CPU; the same number of them on every rank, and
+                the same samples on all ranks of a replica.
             lr: learning rate of this step.
 
         Raises:
@@ -65,7 +111,7 @@ class Engine(ABC):
             UserError: on every rank alike; the global batch has no target, and so no mean loss.
         """
         targets = torch.cat([part.targets for part in microbatches])
-        total = int(self.world.sum(targets.sum()))
+        total = int(self.sum(targets.sum()))
         if total == 0:
             raise UserError(
                 "no sample of the global batch has a token that counts in the loss: raise "
@@ -81,40 +127,121 @@ class Engine(ABC):
         """Loss of each held-out sample, summed over its targets: N samples (the same on all ranks) to [N]
         float64, on every rank.
 
-        Rows are divided over ranks in contiguous, equal parts (short parts repeat rows, because sharded
-        engines need the same number of forward passes everywhere); sums over ranks put them together.
+        Rows are divided over replicas in contiguous, equal parts (short parts repeat rows, because sharded
+        engines need the same number of forward passes everywhere); sums over replicas put them together.
         """
         losses = torch.zeros(len(batch), dtype=torch.float64)
-        share = math.ceil(len(batch) / self.world.size)
-        start = self.world.rank * share
+        share = math.ceil(len(batch) / self.replica.size)
+        start = self.replica.rank * share
         rows = torch.arange(start, start + share).clamp(max=len(batch) - 1)
         mine = self._evaluate(batch[rows], batch_size)
         valid = slice(start, min(start + share, len(batch)))
         losses[valid] = mine[: max(0, valid.stop - valid.start)]
-        return self.world.sum(losses)
+        return self.sum(losses)
+
+    def share(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """This rank's share of the parameters: whole, copied to the CPU, by name; every parameter is in the
+        share of exactly one rank (:func:`owners`). No rank holds the whole model at any time."""
+        mine = owners(self.shapes, self.world.size)
+        return {
+            name: tensor.detach().to("cpu", dtype, copy=True)
+            for name, tensor in self._whole("parameter")
+            if mine[name] == self.world.rank
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What torch DCP saves: ``{"parameter": {name: tensor}, "exp_avg": ..., "exp_avg_sq": ..., "step":
+        [1] int64}``; tensors are DTensors, or whole and then on the rank of :func:`owners` only."""
+        state: dict[str, Any] = {"step": torch.tensor([self.optimizer_steps])}
+        return state | {kind: self._state(kind) for kind in KINDS}
+
+    def load_state(self, read: Callable[[dict[str, Any]], None], *, optimizer: bool = True) -> None:
+        """Take over a state of any engine.
+
+        Args:
+            read: fills tensors that have the places of :meth:`state_dict` from the checkpoint; collective.
+                Asked for a part of the state at a time.
+            optimizer: false: parameters only; AdamW starts anew.
+        """
+        for kind in KINDS if optimizer else KINDS[:1]:
+            self._load(kind, read)
+        if optimizer:
+            step = torch.zeros(1, dtype=torch.int64)
+            read({"step": step})
+            self.optimizer_steps = int(step)
+        self._after_loading()
+
+    def save_beside(self, folder: Path) -> None:  # noqa: B027  (most engines have no files of their own)
+        """Write what the engine itself wants to have in the folder of a checkpoint: no resume reads it."""
+
+    @property
+    @abstractmethod
+    def optimizer_steps(self) -> int:
+        """Steps that AdamW has made, for its bias correction."""
+
+    @optimizer_steps.setter
+    @abstractmethod
+    def optimizer_steps(self, steps: int) -> None: ...
 
     @abstractmethod
     def _train_step(
         self, microbatches: Sequence[TokenBatch], targets: Tensor, total: int, lr: float
     ) -> StepResult:
-        """``targets`` [b] are those of this rank's samples, ``total`` is their sum over the global batch."""
+        """``targets`` [b] are those of this replica's samples, ``total`` is their sum over the global
+        batch."""
 
     @abstractmethod
-    def _evaluate(self, batch: TokenBatch, batch_size: int) -> Tensor: ...
+    def _evaluate(self, batch: TokenBatch, batch_size: int) -> Tensor:
+        """Loss sums [N] float64 on the CPU of this replica's rows, where it counts."""
 
     @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """Parameters and optimiser state in the form that torch DCP saves, resharding included."""
+    def _whole(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors of all parameters in the order of ``shapes``, one at a time, on every rank; float32,
+        on any device. A moment that AdamW has not made yet is zeros."""
 
     @abstractmethod
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave, after DCP has filled it."""
+    def _set_whole(self, kind: Kind, name: str, tensor: Tensor) -> None:
+        """Take this rank's part of a whole float32 tensor on the CPU."""
 
-    @abstractmethod
-    def full_parameters(self) -> dict[str, Tensor] | None:
-        """All parameters on the CPU in float32, by HF name, on the leader; None on the others."""
+    def _state(self, kind: Kind) -> dict[str, Tensor]:
+        """What DCP saves of all parameters; of engines whose tensors it can divide itself, these."""
+        mine = owners(self.shapes, self.world.size)
+        whole = self._whole(kind)
+        return {n: t.detach().cpu().clone() for n, t in whole if mine[n] == self.world.rank}
 
-    @abstractmethod
-    def save_hf(self, parameters: dict[str, Tensor], folder: Path) -> None:
-        """Write a folder that ``AutoModelForCausalLM.from_pretrained`` loads. Leader only, no collective:
-        may run in a thread while training goes on, because ``parameters`` are a copy."""
+    def _load(self, kind: Kind, read: Callable[[dict[str, Any]], None]) -> None:
+        """Fill all parameters' tensors by ``read``."""
+        for names in _parts(self.shapes):
+            part = {name: torch.empty(self.shapes[name]) for name in names}
+            read({kind: part})
+            for name, tensor in part.items():
+                self._set_whole(kind, name, tensor)
+
+    def _after_loading(self) -> None:  # noqa: B027  (most engines keep one copy)
+        """All of :meth:`_set_whole` is done: copies in other dtypes may be made."""
+
+
+def owners(shapes: Mapping[str, torch.Size], ranks: int) -> dict[str, int]:
+    """Which rank holds which parameter in :meth:`Engine.share`: the one with the fewest numbers so far."""
+    loads = [0] * ranks
+    found = {}
+    for name, shape in shapes.items():
+        found[name] = loads.index(min(loads))
+        loads[found[name]] += shape.numel()
+    return found
+
+
+_PART_NUMBERS = 1 << 28
+"""Numbers of a checkpoint that are read at a time: 1 GiB of float32."""
+
+
+def _parts(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
+    for name, shape in shapes.items():
+        if names and size + shape.numel() > _PART_NUMBERS:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += shape.numel()
+    yield names

@@ -2,35 +2,62 @@
 
 from __future__ import annotations
 
-import torch
-from transformers import PreTrainedModel
+import importlib
+from typing import Protocol, cast
 
-from opmix_dist.config import RunConfig
+import torch
+
+from opmix_dist.config import EngineConfig, FSDPConfig, OptimizerConfig, RunConfig
 from opmix_dist.distributed import World
 from opmix_dist.engines.base import Engine
-from opmix_dist.engines.fsdp import FSDPEngine
-from opmix_dist.engines.single import SingleEngine
 from opmix_dist.errors import UserError
 from opmix_dist.models.documents import require_documents_apart
+from opmix_dist.models.source import ModelSource
 
-ENGINES: dict[str, type[SingleEngine]] = {"single": SingleEngine, "fsdp": FSDPEngine}
+
+class EngineClass(Protocol):
+    """What the engines' constructors have in common; collective over the trainer ranks."""
+
+    def __call__(
+        self,
+        source: ModelSource,
+        world: World,
+        *,
+        config: EngineConfig,
+        optimizer: OptimizerConfig,
+        sequence_length: int,
+    ) -> Engine: ...
+
+    def check(self, config: RunConfig, ranks: int) -> None: ...
 
 
-def build_engine(config: RunConfig, model: PreTrainedModel, world: World, sequence_length: int) -> Engine:
+# Imported when it is chosen: each may need packages that the others do not.
+ENGINES = {
+    "single": ("opmix_dist.engines.single", "SingleEngine"),
+    "fsdp": ("opmix_dist.engines.fsdp", "FSDPEngine"),
+    "deepspeed": ("opmix_dist.engines.deepspeed", "DeepSpeedEngine"),
+    "megatron": ("opmix_dist.engines.megatron", "MegatronEngine"),
+}
+
+
+def build_engine(config: RunConfig, source: ModelSource, world: World, sequence_length: int) -> Engine:
     """Collective over the trainer ranks.
 
     Raises:
-        UserError: ``engine.name: single`` with more than one trainer rank, or ``data.mask_documents`` with a
-            model that does not keep documents apart.
+        UserError: ``engine.name: single`` with more than one trainer rank, an engine whose package is not
+            installed or whose settings contradict others, or ``data.mask_documents`` with a model that does
+            not keep documents apart.
     """
     name = config.engine.name
     if name == "auto":
-        name = "fsdp" if world.size > 1 else "single"
+        wanted = config.engine.fsdp != FSDPConfig()  # offload, say, has its use on one rank too
+        name = "fsdp" if world.size > 1 or wanted else "single"
     if name == "single" and world.size > 1:
         raise UserError(f"engine.name single runs on one trainer rank, not {world.size}: set it to fsdp")
-    architecture = type(model).__name__
-    engine = ENGINES[name](
-        model,
+    engine_class = _engine_class(name)
+    engine_class.check(config, world.size)
+    engine = engine_class(
+        source,
         world,
         config=config.engine,
         optimizer=config.optimizer,
@@ -39,11 +66,24 @@ def build_engine(config: RunConfig, model: PreTrainedModel, world: World, sequen
     if config.data.mask_documents:
         require_documents_apart(
             lambda batch: engine.evaluate(batch, 1),
-            vocab_size=model.config.get_text_config().vocab_size,
+            vocab_size=source.hf_config.get_text_config().vocab_size,
             sequence_length=sequence_length,
-            architecture=architecture,
+            architecture=source.architecture,
             attention=config.model.attention,
         )
         # a block that was compiled for the trial's short samples would be compiled for any shape next
         torch.compiler.reset()
     return engine
+
+
+def _engine_class(name: str) -> EngineClass:
+    module, attribute = ENGINES[name]
+    try:
+        return cast(EngineClass, getattr(importlib.import_module(module), attribute))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package == "opmix_dist":
+            raise
+        raise UserError(
+            f"engine.name {name} needs the package {package}: install it or choose another engine"
+        ) from None

@@ -2,31 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import loss_parallel
 
-from opmix_dist.engines.single import DTYPES, SingleEngine
+from opmix_dist.data.batch import TokenBatch
+from opmix_dist.engines.base import Kind, Replica
+from opmix_dist.engines.blocks import prepare_blocks
+from opmix_dist.engines.single import DTYPES, SingleEngine, materialise
+from opmix_dist.engines.tensor_parallel import parallelize, require_parallelizable
+from opmix_dist.errors import UserError
 from opmix_dist.models.build import transformer_blocks
+from opmix_dist.models.source import ModelSource
 
 
 class FSDPEngine(SingleEngine):
-    """Each transformer block is one communication unit; the rest of the model is the root's."""
+    """Each transformer block is one communication unit; the rest of the model is the root's.
 
-    def _shard(self) -> None:
-        mesh = init_device_mesh(self.world.device.type, (self.world.size,), mesh_dim_names=("shard",))
+    The ranks are a mesh of replicas x shards x tensor-parallel neighbours. What shares a matrix product sees
+    the same samples; everything else is a replica of its own for the data.
+    """
+
+    def _find_replica(self) -> Replica:
+        settings, ranks = self.config.fsdp, self.world.size
+        neighbours = settings.tensor_parallel
+        if ranks % (neighbours * settings.replicas):
+            raise UserError(
+                f"engine.fsdp.replicas {settings.replicas} x engine.fsdp.tensor_parallel {neighbours} does "
+                f"not divide {ranks} trainer rank(s): change one of them"
+            )
+        rank = self.world.rank
+        return Replica(rank // neighbours, ranks // neighbours, counts=rank % neighbours == 0)
+
+    def _place(self, source: ModelSource) -> None:
+        """Nothing is ever whole on a rank, except one parameter at a time of a fresh model."""
+        settings, device = self.config.fsdp, self.world.device
+        mesh = self._mesh()
+        if settings.tensor_parallel > 1:
+            require_parallelizable(source.hf_config, settings.tensor_parallel)
+            parallelize(self.model, mesh["tensor"], loss_parallel=settings.loss_parallel)
+        blocks = transformer_blocks(self.model)
+        prepare_blocks(blocks, self.config)
+        data = mesh["replicate", "shard"] if settings.replicas > 1 else mesh["shard"]
         policy = MixedPrecisionPolicy(
             param_dtype=DTYPES[self.config.param_dtype], reduce_dtype=DTYPES[self.config.reduce_dtype]
         )
-        for block in transformer_blocks(self.model):
-            fully_shard(
-                block, mesh=mesh, mp_policy=policy, reshard_after_forward=self.config.reshard_after_forward
-            )
-        fully_shard(self.model, mesh=mesh, mp_policy=policy)
+        offload: OffloadPolicy = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        options: dict[str, Any] = {"mesh": data, "mp_policy": policy}
+        if settings.cpu_offload:
+            options["offload_policy"] = offload
+        for block in blocks:
+            fully_shard(block, reshard_after_forward=self.config.reshard_after_forward, **options)
+        fully_shard(self.model, **options)
+        materialise(self.model, torch.device("cpu") if settings.cpu_offload else device, device)
+        for name, tensor in self._tensors("parameter").items():
+            fill(cast(DTensor, tensor), partial(source.part, name))
+
+    def _mesh(self) -> DeviceMesh:
+        settings = self.config.fsdp
+        shards = self.world.size // (settings.replicas * settings.tensor_parallel)
+        return init_device_mesh(
+            self.world.device.type,
+            (settings.replicas, shards, settings.tensor_parallel),
+            mesh_dim_names=("replicate", "shard", "tensor"),
+        )
 
     def _compute_context(self) -> AbstractContextManager[None]:
         return nullcontext()  # the mixed-precision policy casts
@@ -34,10 +88,68 @@ class FSDPEngine(SingleEngine):
     @contextmanager
     def _accumulating(self, last: bool) -> Iterator[None]:
         """Gradients are reduced once per step, in the last micro-batch."""
-        assert isinstance(self.model, FSDPModule)
-        self.model.set_requires_gradient_sync(last)
-        yield
+        cast(FSDPModule, self.model).set_requires_gradient_sync(last)
+        with self._loss_context():
+            yield
+
+    def _loss_context(self) -> AbstractContextManager[None]:
+        """To be entered once, around forward and backward: leaving it takes effect for the outer one too."""
+        return loss_parallel() if self.config.fsdp.loss_parallel else nullcontext()
+
+    def _losses(self, batch: TokenBatch) -> Tensor:
+        return plain(super()._losses(batch))
+
+    def _evaluate(self, batch: TokenBatch, batch_size: int) -> Tensor:
+        """Without a backward pass, what was gathered last stays so: it is freed here, since only sharded
+        parameters are those that the optimiser knows."""
+        try:
+            with self._loss_context():
+                return super()._evaluate(batch, batch_size)
+        finally:
+            for module in cast(nn.Module, self.model).modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def _clip(self) -> Tensor:
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        return norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
+        """Parameters are divided over the whole mesh or over a part of it, so a number of the gradient may be
+        on several ranks: each counts it as the share that makes 1 of all of them. One sum over the ranks
+        follows, whatever the meshes."""
+        gradients = [cast(DTensor, parameter.grad) for parameter in self.model.parameters()]
+        local = [gradient.to_local() for gradient in gradients]
+        norms = torch.stack(torch._foreach_norm(local))
+        shares = [_pieces(gradient) / self.world.size for gradient in gradients]
+        squares = norms.square() @ torch.tensor(shares).to(norms)
+        norm = self.world.sum(squares).sqrt()
+        torch._foreach_mul_(local, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def _whole(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self._tensors(kind).items():
+            yield name, plain(tensor)
+
+    def _set_whole(self, kind: Kind, name: str, tensor: Tensor) -> None:
+        fill(cast(DTensor, self._tensor(kind, name)), tensor.__getitem__)
+
+    def _state(self, kind: Kind) -> dict[str, Tensor]:
+        return self._tensors(kind)
+
+    def _load(self, kind: Kind, read: Callable[[dict[str, Any]], None]) -> None:
+        read({kind: self._tensors(kind)})
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The whole of a DTensor, on every rank; collective over its mesh."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _pieces(tensor: DTensor) -> int:
+    """Into how many parts of their own its mesh divides a tensor."""
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in sizes if not placement.is_replicate())
+
+
+def fill(tensor: DTensor, part: Callable[[tuple[slice, ...]], Tensor]) -> None:
+    """Copy into the shard of this rank what ``part`` gives of the whole at the shard's place."""
+    (chunk,) = tensor.__create_chunk_list__()
+    index = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
+    tensor.to_local().copy_(part(index))

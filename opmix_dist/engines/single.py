@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
 from transformers import PreTrainedModel
 
 from opmix_dist.config import EngineConfig, OptimizerConfig
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import World
-from opmix_dist.engines.base import Engine, NonFiniteError, StepResult
+from opmix_dist.engines.base import Engine, Kind, NonFiniteError, Replica, StepResult
+from opmix_dist.engines.blocks import prepare_blocks, use_float8
 from opmix_dist.models.build import transformer_blocks
-from opmix_dist.models.flops import count_flops, num_parameters
-from opmix_dist.models.loss import sample_loss_sums, sample_losses
+from opmix_dist.models.flops import count_flops
+from opmix_dist.models.loss import sample_losses
+from opmix_dist.models.source import ModelSource
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -33,7 +28,7 @@ class SingleEngine(Engine):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        source: ModelSource,
         world: World,
         *,
         config: EngineConfig,
@@ -41,40 +36,47 @@ class SingleEngine(Engine):
         sequence_length: int,
     ) -> None:
         self.world, self.config, self.max_grad_norm = world, config, optimizer.max_grad_norm
+        self.replica = self._find_replica()
+        self.hf_config, self.shapes = source.hf_config, source.shapes
+        model = source.build()
         self.flops = count_flops(model, sequence_length)
-        self.num_parameters = num_parameters(model)
-        cast(nn.Module, model).to(world.device).train()
+        cast(nn.Module, model).train()
+        if config.float8:
+            use_float8(transformer_blocks(model), world.device)
         self.model = model
-        self._prepare_blocks(transformer_blocks(model))
-        self._shard()
-        self.optimizer = torch.optim.AdamW(
-            _decay_groups(self.model, optimizer.weight_decay),
-            lr=optimizer.lr,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            fused=world.device.type == "cuda",
-        )
+        self._place(source)
+        self.optimizer = self._start_optimizer(optimizer)
 
-    def _prepare_blocks(self, blocks: list[nn.Module]) -> None:
-        if self.config.activation_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        if self.config.compile:
-            for block in blocks:
-                block.compile()
+    def _find_replica(self) -> Replica:
+        return Replica(0, 1)
 
-    def _shard(self) -> None:
-        """Nothing to do on one process."""
+    def _place(self, source: ModelSource) -> None:
+        """Bring the model, whose parameters are on the meta device, to the trainers' devices."""
+        materialise(self.model, self.world.device)
+        for name in self.shapes:
+            self._set_whole("parameter", name, source.tensor(name))
+        prepare_blocks(transformer_blocks(self.model), self.config)
 
-    def _compute_context(self) -> Any:
+    def _start_optimizer(self, config: OptimizerConfig) -> torch.optim.AdamW:
+        optimizer = adamw(self.model, self.shapes, config, fused=self.world.device.type == "cuda")
+        start_moments(optimizer, self.model.parameters())
+        return optimizer
+
+    def _compute_context(self) -> AbstractContextManager[None]:
+        """Around every forward pass and its backward pass."""
         dtype = DTYPES[self.config.param_dtype]
         if dtype is torch.float32:
             return nullcontext()
-        return torch.autocast(self.world.device.type, dtype)
+        return cast(AbstractContextManager[None], torch.autocast(self.world.device.type, dtype))
 
     @contextmanager
     def _accumulating(self, last: bool) -> Iterator[None]:
-        """Around the backward pass of a micro-batch; ``last`` is where gradients are reduced."""
+        """Around the passes of a micro-batch; ``last`` is where gradients are reduced."""
         yield
+
+    def _losses(self, batch: TokenBatch) -> Tensor:
+        """Sums [B] of a batch on the device."""
+        return sample_losses(self.model, batch)
 
     def _train_step(
         self, microbatches: Sequence[TokenBatch], targets: Tensor, total: int, lr: float
@@ -85,26 +87,37 @@ class SingleEngine(Engine):
         for i, batch in enumerate(on_device):
             with self._accumulating(i == len(on_device) - 1):
                 with self._compute_context():
-                    sums = sample_losses(self.model, batch)
-                # Gradients are averaged over ranks, hence the factor: the mean over all targets remains.
-                (sums.sum() * (self.world.size / total)).backward()
+                    sums = self._losses(batch)
+                # Gradients are averaged over replicas, hence the factor: the mean over all targets remains.
+                (sums.sum() * (self.replica.size / total)).backward()
             losses.append(sums.detach())
         sample_sums = torch.cat(losses).double().cpu()
         self._require_finite(sample_sums)
+        self._complete_gradients()
         grad_norm = self._clip()
         if grad_norm.isfinite():
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._drop_gradients()
         return StepResult(sample_sums, targets, grad_norm.item())
 
     def _require_finite(self, losses: Tensor) -> None:
         """Collective, so that no rank goes on alone."""
-        bad = self.world.sum((~losses.isfinite()).sum())
+        bad = self.sum((~losses.isfinite()).sum())
         if bad > 0:
-            self.optimizer.zero_grad(set_to_none=True)
+            self._drop_gradients()
             raise NonFiniteError(f"{int(bad)} training samples of the global batch have a NaN or inf loss")
+
+    def _drop_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _complete_gradients(self) -> None:
+        """A parameter that no sample has used (an expert) has a gradient of 0, so that all have made the same
+        number of AdamW's steps, in this engine as in others."""
+        for parameter in self.model.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def _clip(self) -> Tensor:
         return nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
@@ -113,42 +126,85 @@ class SingleEngine(Engine):
         self.model.eval()
         try:
             with self._compute_context():
-                return sample_loss_sums(self.model, batch, batch_size)
+                parts = [self._losses(part.to(self.world.device)) for part in batch.split(batch_size)]
         finally:
             self.model.train()
+        return torch.cat(parts).double().cpu()
 
-    def state_dict(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer}
+    @property
+    def optimizer_steps(self) -> int:
+        return int(next(iter(self.optimizer.state.values()))["step"])
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        set_state_dict(
-            self.model,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-        )
+    @optimizer_steps.setter
+    def optimizer_steps(self, steps: int) -> None:
+        for state in self.optimizer.state.values():
+            state["step"].fill_(steps)
 
-    def full_parameters(self) -> dict[str, Tensor] | None:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(self.model, options=options)
-        if not self.world.is_leader:
-            return None
-        return {name: cast(Tensor, tensor).detach().clone() for name, tensor in state.items()}
+    def _tensors(self, kind: Kind) -> dict[str, Tensor]:
+        """The tensors that this engine works with, by name."""
+        return {name: self._tensor(kind, name) for name in self.shapes}
 
-    def save_hf(self, parameters: dict[str, Tensor], folder: Path) -> None:
-        tied = self.model._tied_weights_keys or ()
-        if self.model.config.tie_word_embeddings:  # safetensors refuses two names for one tensor
-            parameters = {name: t for name, t in parameters.items() if name not in tied}
-        self.model.save_pretrained(folder, state_dict=parameters, safe_serialization=True)
+    def _tensor(self, kind: Kind, name: str) -> Tensor:
+        parameter = cast(nn.Module, self.model).get_parameter(name)
+        return parameter.detach() if kind == "parameter" else self.optimizer.state[parameter][kind]
+
+    def _whole(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
+        yield from self._tensors(kind).items()
+
+    def _set_whole(self, kind: Kind, name: str, tensor: Tensor) -> None:
+        self._tensor(kind, name).copy_(tensor)
 
 
-def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases and norm gains do not."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+def materialise(model: PreTrainedModel, device: torch.device, buffers: torch.device | None = None) -> None:
+    """Give parameters that are on the meta device uninitialised memory; buffers, which have their values,
+    move.
+
+    Args:
+        device: of the parameters.
+        buffers: device of the buffers; None: the same.
+    """
+    module = cast(nn.Module, model)
+    module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(buffers or device))
+    model.tie_weights()
+
+
+def adamw(
+    model: nn.Module, shapes: Mapping[str, torch.Size], config: OptimizerConfig, *, fused: bool
+) -> torch.optim.AdamW:
+    """
+    Args:
+        shapes: of the whole parameters, which those of a sharded model do not always show.
+    """
+    return torch.optim.AdamW(
+        _decay_groups(model, shapes, config.weight_decay),
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=fused,
+    )
+
+
+def start_moments(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor]) -> None:
+    """Make the moments of ``parameters``, as AdamW itself would at its first step: so they can always be
+    loaded."""
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device if optimizer.defaults["fused"] else "cpu"),
+            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+        }
+
+
+def _decay_groups(
+    model: nn.Module, shapes: Mapping[str, torch.Size], weight_decay: float
+) -> list[dict[str, object]]:
+    """Matrices decay; biases and norm gains do not. Parameters of one group are on one mesh, if any, because
+    AdamW's operations on lists take no mixture."""
+    groups: dict[tuple[bool, object], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        mesh = getattr(parameter, "device_mesh", None)
+        groups.setdefault((len(shapes[name]) >= 2, mesh), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
+        for (decays, _), parameters in groups.items()
     ]
-    return [group for group in groups if group["params"]]

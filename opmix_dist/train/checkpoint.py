@@ -1,5 +1,7 @@
 """Full training checkpoints through torch DCP, written while training goes on.
 
+Their format is that of :meth:`~opmix_dist.engines.base.Engine.state_dict`, the same for all engines.
+
 A checkpoint is a fresh folder that counts once its completion marker is there; the marker is the last file
 written. DCP's ``.metadata`` and its non-tensor entries are pickles: they are read through an unpickler that
 admits DCP's own metadata types only, and through ``weights_only`` loading.
@@ -55,9 +57,8 @@ class Checkpointer:
         if failure:
             log.warning("the checkpoint of step %d failed: %s", state.step, failure)
             return
-        future = dcp.async_save(
-            {"engine": engine.state_dict()}, checkpoint_id=folder, process_group=self.group
-        )
+        engine.save_beside(folder)
+        future = dcp.async_save(engine.state_dict(), checkpoint_id=folder, process_group=self.group)
         assert isinstance(future, Future)
         step = state.step  # `state` moves on with training, before the save has ended
         self._pending = (step, future)
@@ -113,27 +114,24 @@ class Checkpointer:
         return None if step < 0 else step
 
     def load(self, engine: Engine, step: int) -> TrainerState:
-        """Collective. Restore the engine; on any number of trainer ranks.
+        """Collective. Restore the engine, whatever engine wrote it, on any number of trainer ranks.
 
         Raises:
             UserError: the checkpoint is unfinished or its files are not what a checkpoint may hold.
         """
         folder = self.run.checkpoint(step)
         files.require_complete(folder, "checkpoint")
-        state = engine.state_dict()
+
+        def read(part: dict[str, Any]) -> None:
+            dcp.load(part, storage_reader=SafeReader(folder), planner=SafePlanner(), process_group=self.group)
+
         try:
-            dcp.load(
-                {"engine": state},
-                storage_reader=SafeReader(folder),
-                planner=SafePlanner(),
-                process_group=self.group,
-            )
+            engine.load_state(read)
         except dcp.api.CheckpointException as error:
             first = next(iter(error.failures.values()))[0]
             raise UserError(
                 f"cannot load the checkpoint {folder} ({first}): delete it to resume from the one before"
             ) from None
-        engine.load_state_dict(state)
         return read_record(folder / STATE_FILE, TrainerState)
 
 

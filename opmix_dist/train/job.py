@@ -25,8 +25,9 @@ from opmix_dist.exchange.rundir import RunDir, write_record
 from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, Summary
 from opmix_dist.ledger import Ledger
 from opmix_dist.logs import set_up_logging
-from opmix_dist.models.build import build_model, check_tokenizer
+from opmix_dist.models.build import check_tokenizer
 from opmix_dist.models.lora import require_adaptable
+from opmix_dist.models.source import ModelSource, open_source
 from opmix_dist.pool.plan import require_kernels
 from opmix_dist.pool.requests import check_components
 from opmix_dist.pool.supervisor import Supervisor
@@ -41,6 +42,7 @@ from opmix_dist.train.callbacks import (
     WandbLogger,
 )
 from opmix_dist.train.checkpoint import Checkpointer
+from opmix_dist.train.model_writer import ModelWriter
 from opmix_dist.train.policy import POLICIES, Surroundings, check_schedule
 from opmix_dist.train.state import TrainerState
 from opmix_dist.train.trainer import Trainer
@@ -82,11 +84,17 @@ def run_job(config: RunConfig) -> None:
 
 def check_config_against(config: RunConfig, catalogue: Catalogue, placement: Placement) -> None:
     """What the configuration alone cannot tell: sizes that depend on the data and the number of ranks."""
-    per_rank = config.train.micro_batch_size * placement.size
-    if config.train.global_batch_size % per_rank:
+    each = config.engine.ranks_per_replica
+    if placement.size % each:
+        raise UserError(
+            f"engine.name {config.engine.name} divides the model over {each} ranks, of which "
+            f"{placement.size} trainer rank(s) are no multiple: start others, or change the engine's settings"
+        )
+    replicas = placement.size // each
+    if config.train.global_batch_size % (config.train.micro_batch_size * replicas):
         raise UserError(
             f"train.global_batch_size {config.train.global_batch_size} must be a multiple of "
-            f"train.micro_batch_size x trainer ranks = {config.train.micro_batch_size} x {placement.size}"
+            f"train.micro_batch_size x copies of the model = {config.train.micro_batch_size} x {replicas}"
         )
     if config.mixture.policy == "opmix":
         check_components(catalogue.names)
@@ -113,7 +121,7 @@ class Job:
         trainer = self._build()
         last = trainer.fit()
         search_losses = trainer.losses_by_domain(self._search_samples()).loss.tolist()
-        self._export(trainer.engine)
+        self._export()
         if self.world.is_leader:
             self._sum_up(trainer, last, search_losses)
         self.world.barrier()
@@ -125,15 +133,17 @@ class Job:
 
     def _build(self) -> Trainer:
         config, world, catalogue = self.config, self.world, self.catalogue
-        engine = self._build_engine()
+        source = self._open_source()
+        engine = build_engine(config, source, world, catalogue.sequence_length)
+        self.writer = ModelWriter(world, engine, source)
         reporter = ProgressReporter(config.train.log_interval_steps)
         checkpointer = Checkpointer(self.run, config.checkpoint, world)
         loader = MixtureLoader(
             catalogue,
             self.weights,
             global_batch_size=config.train.global_batch_size,
-            rank=world.rank,
-            world_size=world.size,
+            rank=engine.replica.rank,
+            world_size=engine.replica.size,
             seed=derive_seed(config.seed, "data"),
             num_workers=config.data.num_workers,
             prefetch_batches=config.data.prefetch_batches,
@@ -151,7 +161,7 @@ class Job:
         recorded = self._recorded()
         check_schedule(config, recorded, state.step)
         ledger = Ledger(world.size, state.costs)
-        around = Surroundings(self.run, config, world, engine, catalogue, ledger, reporter.on_search)
+        around = Surroundings(self.run, config, world, self.writer, catalogue, ledger, reporter.on_search)
         return Trainer(
             run=self.run,
             config=config,
@@ -167,24 +177,24 @@ class Job:
             ledger=ledger,
         )
 
-    def _build_engine(self) -> Engine:
+    def _open_source(self) -> ModelSource:
         tokenizer = self.catalogue.load_tokenizer()
         ids = {
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         }
-        model = build_model(
+        source = open_source(
             self.config.model,
             vocab_size=self.catalogue.vocab_size,
             token_ids=ids,
             seed=derive_seed(self.config.seed, "weights"),
         )
         if self.config.mixture.policy == "opmix":
-            require_adaptable(model)
+            require_adaptable(source.build())
             if not self.config.pool.external:  # that may run on another kind of device
                 require_kernels(self.config.search.kernels, self.world.device)
-        return build_engine(self.config, model, self.world, self.catalogue.sequence_length)
+        return source
 
     def _search_samples(self) -> EvalSet:
         """Held-out samples that candidates are evaluated on."""
@@ -274,14 +284,21 @@ class Job:
         callbacks.append(CheckpointCallback(checkpointer, self.config.checkpoint.interval_steps))
         return callbacks
 
-    def _export(self, engine: Engine) -> None:
-        """Collective. The final model and its tokenizer, loadable with transformers alone."""
-        parameters = engine.full_parameters()
-        if parameters is not None:
-            files.remove_folder(self.run.export)
-            engine.save_hf(parameters, self.run.export)
-            self.catalogue.load_tokenizer().save_pretrained(self.run.export)
-            files.mark_complete(self.run.export, {"step": self.config.train.steps})
+    def _export(self) -> None:
+        """Collective. The final model and its tokenizer, loadable with transformers alone.
+
+        Raises:
+            UserError: on every rank; it could not be written.
+        """
+        folder = self.run.export
+        failure = self.writer.write(
+            folder,
+            dtype=torch.float32,
+            marker={"step": self.config.train.steps},
+            extra=self.catalogue.load_tokenizer().save_pretrained,
+        )
+        if failure:
+            raise UserError(f"the model could not be exported to {folder}: {failure}; resume to try again")
 
     def _sum_up(self, trainer: Trainer, last: EvalLine, search_losses: list[float]) -> None:
         """summary.json, which tells the pool that the run has ended."""

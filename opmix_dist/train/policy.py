@@ -6,23 +6,22 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from opmix_dist.config import RunConfig
 from opmix_dist.data.catalogue import Catalogue
 from opmix_dist.data.mixtures import chosen_mixture
 from opmix_dist.distributed import World
-from opmix_dist.engines.base import Engine
 from opmix_dist.errors import UserError
-from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import RunDir, SearchDir, write_record
 from opmix_dist.exchange.schemas import MixtureRecord, Proposal, SearchRequest, SearchStage, SearchStatus
 from opmix_dist.ledger import Ledger
 from opmix_dist.pool.requests import search_request
 from opmix_dist.pool.run_search import Searcher
+from opmix_dist.train.model_writer import ModelWriter
 from opmix_dist.train.state import TrainerState
 
 log = logging.getLogger(__name__)
@@ -35,7 +34,7 @@ class Surroundings:
     run: RunDir
     config: RunConfig
     world: World
-    engine: Engine
+    writer: ModelWriter
     catalogue: Catalogue
     ledger: Ledger
     on_search: Callable[[str, SearchStatus | None], None]
@@ -117,15 +116,18 @@ class OpMixPolicy(MixturePolicy):
         super().__init__(around)
         self.search: SearchDir = around.run.search(self.SEARCH)
         self.start = around.config.search_step
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
-        self._written: Future[None] | None = None
         self._asked = False
+        self._failure = ""
+        self._asked_at: TrainerState | None = None
+        """As it was when a snapshot was begun that is not complete yet; on every rank."""
 
     def _decide(self, state: TrainerState, recorded: Mapping[int, MixtureRecord]) -> MixtureRecord | None:
         if state.step < self.start or any(r.search == self.SEARCH for r in recorded.values()):
             return None
         if not self._asked:
             self._ask(state)
+        if self._inline:
+            self._search_here()
         with self.around.ledger.timed("waiting for the search"):
             return self._answer(state)
 
@@ -133,6 +135,7 @@ class OpMixPolicy(MixturePolicy):
         """The decision once it is there; ``async`` looks once, ``sync`` waits for it. Collective."""
         config, world = self.around.config, self.around.world
         while True:
+            self._follow_snapshot()
             text = world.share_text(self._look(state) if world.is_leader else None)
             if text:
                 return MixtureRecord.model_validate_json(text)
@@ -141,18 +144,42 @@ class OpMixPolicy(MixturePolicy):
             time.sleep(config.pool.poll_interval_s)
 
     def _ask(self, state: TrainerState) -> None:
-        """Snapshot and request; the leader writes both in the background. Collective."""
+        """Begin the snapshot, unless an earlier attempt at this run has asked. Collective."""
         self._asked = True
         around = self.around
         self.pulse = Pulse(around.config.pool.heartbeat_timeout_s)
+        asked = [float(self.search.request_file.exists())] if around.world.is_leader else None
+        if around.world.share(asked)[0]:
+            return  # the request stands, and its answer may be there already
         with around.ledger.timed("snapshots"):
-            parameters = around.engine.full_parameters()
-        if parameters is not None:
-            self._written = self._writer.submit(self._write_request, parameters, state.model_copy(deep=True))
-        if self._inline:
-            text = around.world.share_text(self._snapshot_failure() if around.world.is_leader else None)
-            if not text and not self._answered():
-                Searcher(around.run, around.config, around.world).answer(self.search)
+            self._failure = around.writer.begin(
+                around.run.snapshot(state.step),
+                dtype=getattr(torch, around.config.engine.snapshot_dtype),
+                marker={"step": state.step, "tokens": state.tokens},
+            )
+        if not self._failure:
+            self._asked_at = state.model_copy(deep=True)
+
+    def _search_here(self) -> None:
+        """Wait for the snapshot and search on the trainer ranks, unless that has been done. Collective."""
+        around = self.around
+        with around.ledger.timed("snapshots"):
+            while self._asked_at is not None:
+                time.sleep(around.config.pool.poll_interval_s)
+                self._follow_snapshot()
+        if not self._failure and not self._answered():
+            Searcher(around.run, around.config, around.world).answer(self.search)
+
+    def _follow_snapshot(self) -> None:
+        """Request the search once all ranks have written. Collective."""
+        if self._asked_at is None:
+            return
+        failure = self.around.writer.poll()
+        if failure is None:
+            return
+        asked_at, self._asked_at, self._failure = self._asked_at, None, failure
+        if self.around.world.is_leader and not failure:
+            write_record(self.search.request_file, self._request(asked_at))
 
     def _answered(self) -> bool:
         """Collective. Whether an earlier attempt at this run has finished the search."""
@@ -164,21 +191,6 @@ class OpMixPolicy(MixturePolicy):
     def _inline(self) -> bool:
         pool = self.around.config.pool
         return pool.ranks == 0 and not pool.external
-
-    def _snapshot_failure(self) -> str:
-        assert self._written is not None
-        error = self._written.exception()
-        return "" if error is None else f"the snapshot could not be written: {error}"
-
-    def _write_request(self, parameters: dict, state: TrainerState) -> None:
-        if self.search.request_file.exists():
-            return  # a resumed run: the request stands, and its answer may be there already
-        folder = self.around.run.snapshot(state.step)
-        if not files.is_complete(folder):
-            files.remove_folder(folder)
-            self.around.engine.save_hf(parameters, folder)
-            files.mark_complete(folder, {"step": state.step, "tokens": state.tokens})
-        write_record(self.search.request_file, self._request(state))
 
     def _request(self, state: TrainerState) -> SearchRequest:
         config, catalogue = self.around.config, self.around.catalogue
@@ -196,12 +208,11 @@ class OpMixPolicy(MixturePolicy):
 
     def _look(self, state: TrainerState) -> str:
         """On the leader: the decision as JSON, or "" while the search is under way."""
-        if self._written is not None:
-            if not self._written.done():
-                self.pulse.restart()  # there is nothing to answer yet
-                return ""
-            if failure := self._snapshot_failure():
-                return self._kept(state, failure)
+        if self._failure:
+            return self._kept(state, f"the snapshot could not be written: {self._failure}")
+        if self._asked_at is not None:
+            self.pulse.restart()  # there is nothing to answer yet
+            return ""
         try:
             status = self.search.status()
             if status is not None and status.stage is SearchStage.PROPOSED:
@@ -258,9 +269,6 @@ class OpMixPolicy(MixturePolicy):
             changed=weights is not None,
             requested_step=requested_step,
         ).model_dump_json()
-
-    def close(self) -> None:
-        self._writer.shutdown(wait=True)
 
 
 def _gain(proposal: Proposal) -> str:

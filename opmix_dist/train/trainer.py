@@ -94,8 +94,9 @@ class Trainer:
     def _train_step(self) -> TrainLine:
         start = time.perf_counter()
         step = self.state.step
-        # Models with dropout draw from a generator that depends on step and rank only: exact after a resume.
-        torch.manual_seed(derive_seed(self.config.seed, "step", step, self.world.rank))
+        # Models with dropout draw from a generator that depends on step and replica only: exact after a
+        # resume, and the same on all ranks of a replica.
+        torch.manual_seed(derive_seed(self.config.seed, "step", step, self.engine.replica.rank))
         lr = learning_rate(self.config.schedule, self.config.optimizer.lr, step, self.config.train.steps)
         loaded = next(self.loader)
         microbatches = loaded.batch.split(self.config.train.micro_batch_size)
@@ -109,7 +110,7 @@ class Trainer:
         losses = result.sample_losses
         rows = torch.stack([losses, result.targets.to(losses), torch.ones_like(losses)])  # [3, b]
         sums = torch.zeros(3, len(self.catalogue.names), dtype=torch.float64)
-        return self.world.sum(sums.index_add_(1, loaded.domain_ids, rows))
+        return self.engine.sum(sums.index_add_(1, loaded.domain_ids, rows))
 
     def _book(self, sums: Tensor, grad_norm: float, lr: float, seconds: float) -> TrainLine:
         """Advance the state by one step and describe it. Tokens are T for each sample, padding included: it
@@ -120,7 +121,7 @@ class Trainer:
         for name, count in zip(self.catalogue.names, samples.tolist(), strict=True):
             self.state.domain_tokens[name] += int(count) * length
         self.state.step += 1
-        per_token = self.engine.flops.train(recompute=self.config.engine.activation_checkpointing)
+        per_token = self.engine.flops.train(recompute=self.config.engine.activation_checkpointing == "full")
         self.ledger.add("train", seconds=seconds, flops=tokens * per_token, tokens=tokens)
         by_domain = zip(self.catalogue.names, losses.tolist(), targets.tolist(), strict=True)
         return TrainLine(

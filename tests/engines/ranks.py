@@ -1,4 +1,7 @@
-"""What the ranks of test_engines.py do: ``python -m tests.engines.ranks NAME ARGUMENTS`` under torchrun."""
+"""What the ranks of test_engines.py do: ``python -m tests.engines.ranks NAME FOLDER`` under torchrun.
+
+One launch does as much as it can: to import everything takes longer than any of it.
+"""
 
 from __future__ import annotations
 
@@ -6,36 +9,80 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
 from opmix_dist.config import CheckpointConfig, EngineConfig, OptimizerConfig
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import Placement, World
-from opmix_dist.engines.base import Engine
+from opmix_dist.engines.base import KINDS, Engine
 from opmix_dist.engines.fsdp import FSDPEngine
 from opmix_dist.engines.single import SingleEngine
 from opmix_dist.exchange.rundir import RunDir
+from opmix_dist.models.source import ModelSource, checkpoint_source
 from opmix_dist.process import end_process
 from opmix_dist.train.checkpoint import Checkpointer
+from opmix_dist.train.model_writer import ModelWriter
 from opmix_dist.train.state import TrainerState
-from tests.helpers import alone_in_rows, documents, one_by_one, pack, tiny_llama, uneven_batch
+from tests.helpers import alone_in_rows, documents, one_by_one, pack, tiny_llama_config, uneven_batch
 
-BATCH, MICRO, LENGTH, LR = 12, 2, 16, 1e-2
+BATCH, MICRO, LENGTH, LR = 12, 3, 16, 3e-3
+STEPS, SAVED = 30, 4
 PACKS = documents(seed=0), documents(seed=10)
 
+SHARED = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+MODELS: dict[str, PretrainedConfig] = {
+    "llama": tiny_llama_config(tied=True),  # 32 and 64 rows: uneven on three ranks
+    "even": LlamaConfig(hidden_size=24, intermediate_size=48, vocab_size=72, **SHARED),
+    "qwen3": Qwen3Config(hidden_size=32, intermediate_size=48, head_dim=8, vocab_size=64, **SHARED),
+}
+# By number of ranks: model and settings of the engine, besides its name, which is single on one rank.
+CASES: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {
+    1: {
+        **{f"single, {name}": (name, {"name": "single"}) for name in MODELS},
+        "fsdp": ("llama", {}),
+        "full": ("llama", {"name": "single", "activation_checkpointing": "full"}),
+    },
+    2: {
+        "fsdp": ("llama", {}),
+        "offload, full": ("llama", {"fsdp": {"cpu_offload": True}, "activation_checkpointing": "full"}),
+        "selective": ("even", {"reshard_after_forward": False, "activation_checkpointing": "selective"}),
+        "tensor": ("qwen3", {"fsdp": {"tensor_parallel": 2}}),
+        "tensor, loss": ("llama", {"fsdp": {"tensor_parallel": 2, "loss_parallel": True}}),
+        "bfloat16": ("llama", {"param_dtype": "bfloat16"}),
+    },
+    3: {"uneven": ("llama", {}), "even": ("even", {})},
+    4: {
+        "replicas": ("llama", {"fsdp": {"replicas": 2}}),
+        "tensor x shard": ("qwen3", {"fsdp": {"tensor_parallel": 2}}),
+        "tensor x replicas": ("llama", {"fsdp": {"tensor_parallel": 2, "replicas": 2}}),
+    },
+}
+# Whose checkpoints the others continue: all of one model.
+WRITERS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {"single": {"name": "single"}},
+    2: {"fsdp2": {}, "tensor2": {"fsdp": {"tensor_parallel": 2}}},
+    3: {"fsdp3": {}},
+    4: {"hsdp4": {"fsdp": {"replicas": 2}}, "tensor2 x fsdp2": {"fsdp": {"tensor_parallel": 2}}},
+}
 
-def build(world: World, *, attention: str = "sdpa", **config: object) -> Engine:
-    kind = SingleEngine if world.size == 1 else FSDPEngine
-    model = tiny_llama(tied=True)
-    model.set_attn_implementation(attention)
+
+def build(world: World, source: ModelSource, config: dict[str, Any]) -> Engine:
+    kind = SingleEngine if config.get("name") == "single" else FSDPEngine
     return kind(
-        model,
+        source,
         world,
         config=EngineConfig(**config),
         optimizer=OptimizerConfig(lr=LR),
         sequence_length=LENGTH,
     )
+
+
+def fresh(model: str, attention: str = "sdpa") -> ModelSource:
+    return ModelSource(MODELS[model], attention=attention, seed=3)
 
 
 def global_batch(step: int) -> TokenBatch:
@@ -47,50 +94,100 @@ def global_batch(step: int) -> TokenBatch:
     return dataclasses.replace(batch, loss_mask=mask)
 
 
+def heldout() -> TokenBatch:
+    return uneven_batch(99, 7, LENGTH, mask_documents=True)
+
+
+def share_of(engine: Engine, batch: TokenBatch) -> TokenBatch:
+    """The samples of this rank's replica."""
+    share = len(batch) // engine.replica.size
+    return batch[slice(engine.replica.rank * share, (engine.replica.rank + 1) * share)]
+
+
 def train(engine: Engine, first: int, last: int) -> list[list[float]]:
     """[mean loss over the global batch's targets, gradient norm] of steps ``first`` to ``last``."""
     curve = []
-    share = BATCH // engine.world.size
     for step in range(first, last):
         batch = global_batch(step)
-        mine = batch[slice(engine.world.rank * share, (engine.world.rank + 1) * share)]
+        mine = share_of(engine, batch)
         result = engine.train_step(mine.split(MICRO), lr=LR)
         assert torch.equal(result.targets, mine.targets)
-        total = engine.world.sum(result.sample_losses.sum())
+        total = engine.sum(result.sample_losses.sum())
         curve.append([total.item() / batch.targets.sum().item(), result.grad_norm])
     return curve
 
 
-def curve(world: World, out: Path, options: str) -> None:
-    """Train eight steps, evaluate, export; the leader writes curve.json."""
-    engine = build(world, **json.loads(options))
-    steps = train(engine, 0, 8)
-    losses = engine.evaluate(uneven_batch(99, 7, LENGTH, mask_documents=True), batch_size=2)
-    parameters = engine.full_parameters()
-    if parameters is not None:
-        engine.save_hf(parameters, out / "hf")
-        (out / "curve.json").write_text(json.dumps({"steps": steps, "evaluation": losses.tolist()}))
+def everything(world: World, out: Path) -> None:
+    """Curves of all cases of this number of ranks, and what else one launch can show."""
+    found = {name: curve(world, *case) for name, case in CASES[world.size].items()}
+    report(world, out / f"curves_{world.size}.json", found)
+    if world.size <= 2:
+        report(world, out / f"exact_{world.size}.json", exact(world, out))
+        packs = [packed(world, attention) for attention in ("sdpa", "eager")[: world.size]]
+        report(world, out / f"packed_{world.size}.json", packs)
+        report(world, out / f"exported_{world.size}.json", exported(world, out / f"hf_{world.size}"))
+    write(world, out)
+    continue_all(world, out)
+    if world.size == 2:  # last: it leaves a model of NaN
+        (out / f"raised_{world.rank}.json").write_text(json.dumps(non_finite(world)))
 
 
-def save(world: World, out: Path, asynchronous: str) -> None:
-    """Four steps, a checkpoint, four more."""
-    engine, checkpointer, state = with_checkpoints(world, out, asynchronous == "async")
-    train(engine, 0, 4)
-    state.step = 4
+def curve(world: World, model: str, config: dict[str, Any]) -> dict[str, Any]:
+    engine = build(world, fresh(model), config)
+    steps = train(engine, 0, STEPS)
+    return {"model": model, "steps": steps, "evaluation": engine.evaluate(heldout(), batch_size=2).tolist()}
+
+
+def exact(world: World, out: Path) -> dict[str, Any]:
+    """Four steps, a checkpoint, four more; the same four from the checkpoint; written in both modes."""
+    found = {}
+    for mode in ("asynchronous", "synchronous"):
+        engine = build(world, fresh("llama"), next(iter(WRITERS[world.size].values())))
+        checkpointer = saved(world, engine, out / f"{mode}_{world.size}", mode == "asynchronous")
+        rest = train(engine, SAVED, 2 * SAVED)
+        checkpointer.wait()
+        again = resumed(world, out / f"{mode}_{world.size}", next(iter(WRITERS[world.size].values())))
+        found[mode] = [rest, again]
+    return found
+
+
+def saved(world: World, engine: Engine, run: Path, asynchronous: bool = True) -> Checkpointer:
+    """Begin to save after four steps; an evaluation before it leaves its marks on sharded models."""
+    checkpointer = Checkpointer(RunDir(run), CheckpointConfig(asynchronous=asynchronous), world)
+    train(engine, 0, SAVED)
+    engine.evaluate(heldout(), batch_size=2)
+    state = TrainerState(
+        step=SAVED, weights={"a": 1.0}, domain_tokens={"a": 0}, content={}, world_size=world.size,
+        global_batch_size=BATCH,
+    )  # fmt: skip
     checkpointer.save(engine, state)
-    state.step = 8  # the trainer's own, which moves on before a save in the background has ended
-    rest = train(engine, 4, 8)
-    checkpointer.wait()
-    report(world, out / f"saved_{world.size}.json", rest)
+    state.step = 2 * SAVED  # the trainer's own, which moves on before a save in the background has ended
+    return checkpointer
 
 
-def resume(world: World, out: Path, _: str) -> None:
-    """The same four steps from the checkpoint, on whatever number of ranks."""
-    engine, checkpointer, _state = with_checkpoints(world, out, True)
+def resumed(world: World, run: Path, config: dict[str, Any]) -> list[list[float]]:
+    engine = build(world, ModelSource(MODELS["llama"], seed=4), config)
+    checkpointer = Checkpointer(RunDir(run), CheckpointConfig(), world)
     newest = checkpointer.newest()
-    assert newest == 4
+    assert newest == SAVED
     state = checkpointer.load(engine, newest)
-    report(world, out / f"resumed_{world.size}.json", train(engine, state.step, 8))
+    assert engine.optimizer_steps == SAVED
+    return train(engine, state.step, 2 * SAVED)
+
+
+def write(world: World, out: Path) -> None:
+    for name, config in WRITERS[world.size].items():
+        saved(world, build(world, fresh("llama"), config), out / "runs" / name).wait()
+
+
+def continue_all(world: World, out: Path) -> None:
+    """Every layout of this number of ranks continues every checkpoint that is there."""
+    runs = sorted((out / "runs").iterdir())
+    found = {
+        reader: {run.name: resumed(world, run, config) for run in runs}
+        for reader, config in WRITERS[world.size].items()
+    }
+    report(world, out / f"resumed_{world.size}.json", found)
 
 
 def raised(engine: Engine, batch: TokenBatch) -> str:
@@ -102,51 +199,58 @@ def raised(engine: Engine, batch: TokenBatch) -> str:
     return ""
 
 
-def non_finite(world: World, out: Path, _: str) -> None:
+def non_finite(world: World) -> dict[str, Any]:
     """A batch without targets, then a NaN on one rank: all ranks raise, and none changes its parameters."""
-    engine = build(world)
-    before = engine.full_parameters()
+    engine = build(world, fresh("llama"), {})
+    before = whole(engine)
     batch = uneven_batch(0, BATCH // world.size, LENGTH)
     empty = dataclasses.replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))
     errors = [raised(engine, empty)]
-    weights = engine.model.model.norm.weight
-    local = getattr(weights, "to_local", lambda: weights)()
     if world.rank == 0:
-        local.data.view(-1)[0] = float("nan")
+        engine.model.model.norm.weight.to_local().data.view(-1)[0] = float("nan")
     errors.append(raised(engine, batch))
-    after = engine.full_parameters()
-    moved = before is not None and any(
-        not torch.equal(before[n], after[n]) for n in before if n != "model.norm.weight"
-    )
-    (out / f"raised_{world.rank}.json").write_text(json.dumps({"errors": errors, "moved": moved}))
+    after = whole(engine)
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    return {"errors": errors, "moved": moved, "steps": engine.optimizer_steps}
 
 
-def packed(world: World, out: Path, attention: str) -> None:
-    """The same documents packed into two samples and padded into eight; the leader writes packed.json."""
+def whole(engine: Engine) -> dict[str, Tensor]:
+    """All tensors of all kinds, on every rank."""
+    return {f"{kind} {name}": t.clone() for kind in KINDS for name, t in engine._whole(kind)}
+
+
+def packed(world: World, attention: str) -> dict[str, list[float]]:
+    """The same documents packed into two samples and padded into eight."""
     together = TokenBatch.cat([pack(parts, 2 * LENGTH) for parts in PACKS])
     alone = TokenBatch.cat([alone_in_rows(parts, 2 * LENGTH) for parts in PACKS])
     each = TokenBatch.cat([one_by_one(parts, 2 * LENGTH) for parts in PACKS])
     found = {}
     for name, batch, evaluated in (("packed", together, each), ("alone", alone, alone)):
-        engine = build(world, attention=attention)
-        share = len(batch) // world.size
-        mine = batch[slice(world.rank * share, (world.rank + 1) * share)]
+        engine = build(world, fresh("llama", attention), {})
         losses = engine.evaluate(evaluated, batch_size=3)
-        result = engine.train_step(mine.split(1), lr=LR)
-        total = world.sum(result.sample_losses.sum()).item()
+        result = engine.train_step(share_of(engine, batch).split(1), lr=LR)
+        total = engine.sum(result.sample_losses.sum()).item()
         found[name] = [*losses.tolist(), total, result.grad_norm]
-    report(world, out / "packed.json", found)
+    return found
 
 
-def with_checkpoints(
-    world: World, out: Path, asynchronous: bool
-) -> tuple[Engine, Checkpointer, TrainerState]:
-    config = CheckpointConfig(asynchronous=asynchronous)
-    checkpointer = Checkpointer(RunDir(out), config, world)
-    state = TrainerState(
-        weights={"a": 1.0}, domain_tokens={"a": 0}, content={}, world_size=world.size, global_batch_size=BATCH
-    )
-    return build(world), checkpointer, state
+def exported(world: World, folder: Path) -> dict[str, Any]:
+    """A trained model written in both dtypes while it trains on, and read again by the engine."""
+    source = fresh("llama")
+    engine = build(world, source, {})
+    train(engine, 0, 2)
+    losses = engine.evaluate(heldout(), batch_size=2).tolist()
+    writer = ModelWriter(world, engine, source)
+    assert writer.begin(folder / "exact", dtype=torch.float32, marker={"step": 2}) == ""
+    train(engine, 2, 4)
+    assert writer.write(folder / "half", dtype=torch.bfloat16, marker={"step": 4}) == ""
+    (folder / "file").write_text("where a folder should be")
+    again = build(world, checkpoint_source(str(folder / "exact")), {})
+    return {
+        "losses": losses,
+        "read": again.evaluate(heldout(), batch_size=2).tolist(),
+        "failure": writer.write(folder / "file" / "below", dtype=torch.float32, marker={}),
+    }
 
 
 def report(world: World, path: Path, found: object) -> None:
@@ -156,8 +260,9 @@ def report(world: World, path: Path, found: object) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    joined = World.join(Placement.from_environment(pool_ranks=0), device="cpu", timeout_s=60)
-    commands = (curve, save, resume, non_finite, packed)
-    {command.__name__: command for command in commands}[sys.argv[1]](joined, Path(sys.argv[2]), sys.argv[3])
+    joined = World.join(Placement.from_environment(pool_ranks=0), device="cpu", timeout_s=120)
+    {command.__name__: command for command in (everything, continue_all)}[sys.argv[1]](
+        joined, Path(sys.argv[2])
+    )
     joined.leave()
     end_process(0)
