@@ -30,7 +30,7 @@ from benchmarks.simulated import SimulatedLosses
 from opmix_dist.config import DataConfig
 from opmix_dist.data.build import held_out_samples
 from opmix_dist.models.loss import losses_by_domain
-from opmix_dist.pool.candidates import simulate_sums
+from opmix_dist.pool.candidates import simulate_sums, simulate_with_gradients
 from opmix_dist.pool.early_stop import EarlyStop
 from opmix_dist.pool.evaluations import Evaluations
 from opmix_dist.pool.stream import stratified_order
@@ -113,7 +113,11 @@ class RealSamples:
         return losses_by_domain(self.sums(candidates), self.targets, self.domain_ids, self.num_domains).loss
 
     def gradient(self, u: np.ndarray) -> np.ndarray:
-        raise NotImplementedError("searches by gradients are not measured here")
+        batch, ids = self.heldout.batch, self.heldout.domain_ids
+        found = simulate_with_gradients(
+            self.losses.adapters, u[None], batch, ids, self.num_domains, batch_size=16
+        )
+        return found.gradients[0]
 
 
 @dataclass(frozen=True)

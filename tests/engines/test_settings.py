@@ -3,7 +3,7 @@ runs."""
 
 from __future__ import annotations
 
-import importlib.util
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,9 +81,13 @@ def test_float8_needs_a_gpu() -> None:
 
 
 @pytest.mark.parametrize(("name", "package"), [("deepspeed", "deepspeed"), ("megatron", "megatron")])
-def test_an_engine_without_its_package_is_named(name: str, package: str) -> None:
-    if importlib.util.find_spec(package) is not None:
-        pytest.skip(f"{package} is installed")
+def test_an_engine_without_its_package_is_named(
+    name: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in [m for m in sys.modules if m.startswith(f"opmix_dist.engines.{name}")]:
+        monkeypatch.delitem(sys.modules, module)
+    for module in [package, *(m for m in sys.modules if m.startswith(f"{package}."))]:
+        monkeypatch.setitem(sys.modules, module, None)  # Python takes it for not installed then
     with pytest.raises(UserError, match=f"engine.name {name} needs the package {package}: install it"):
         build_engine(config(name=name), ModelSource(tiny_llama_config()), world(), 16)
 
