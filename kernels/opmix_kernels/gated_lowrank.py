@@ -81,16 +81,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    coefficients: Tensor,
-    storage: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+def _(x, A, B, coefficients, storage, bias, scale, keep):
     stack = _stack(storage, A, B)
     y = storage.new_empty(x.shape[0], stack.out_features)
     return y, storage.new_empty(x.shape[0] if keep else 0, stack.inner.gated)
@@ -112,9 +103,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    grad: Tensor, A: Tensor, B: Tensor, coefficients: Tensor, storage: Tensor, products: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def _(grad, A, B, coefficients, storage, products, scale):
     stack = _stack(storage, A, B)
     kept = products.shape[0] == grad.shape[0]
     sums = coefficients.new_empty((coefficients.shape[0] if kept else 0, stack.adapters), dtype=torch.float32)

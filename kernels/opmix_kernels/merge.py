@@ -148,15 +148,7 @@ def _merged(
 
 
 @_merged.register_fake
-def _(
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    coefficients: Tensor,
-    scale: float,
-    out_dtype: torch.dtype,
-    seed: int | None,
-) -> Tensor:
+def _(weight, A, B, coefficients, scale, out_dtype, seed):
     return weight.new_empty((coefficients.shape[0], *weight.shape), dtype=out_dtype)
 
 

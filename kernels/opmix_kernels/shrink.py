@@ -223,15 +223,7 @@ def _operation(
 
 
 @_operation.register_fake
-def _(
-    x: Tensor,
-    A: Tensor,
-    coefficients: Tensor,
-    scale: float,
-    norm_weight: Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def _(x, A, coefficients, scale, norm_weight, eps, out_dtype):
     layout = WideLayout(x.shape[-1], A.shape[0], A.shape[1] * A.shape[2])
     # numel() would fix it: torch.compile would compile again for each number of rows
     return x.new_empty((prod(x.shape[:-1]), layout.width), dtype=out_dtype)

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from opmix_dist.config import RunConfig
 from opmix_dist.exchange.rundir import SearchDir, read_record
 from opmix_dist.exchange.schemas import EvaluationPlan, SearchStage
 from opmix_dist.models.flops import count_flops
@@ -58,12 +59,8 @@ class Killed(BaseException):
     """Nothing catches it: as good as a kill."""
 
 
-@pytest.mark.parametrize("calls", [1, 4])
-def test_a_search_killed_in_its_evaluations_goes_on_to_the_same_proposal(
-    finished: SearchDir, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
-) -> None:
-    config = quick_config(tiny_data, tmp_path / "run")
-    search = request(config)
+def answer_killed(config: RunConfig, search: SearchDir, calls: int) -> list[int]:
+    """A search that dies in the simulation after so many; the candidates of each of these."""
     simulate = evaluating.simulate_sums
     evaluated: list[int] = []
 
@@ -73,14 +70,24 @@ def test_a_search_killed_in_its_evaluations_goes_on_to_the_same_proposal(
         evaluated.append(len(U))
         return simulate(adapters, U, *rest, **options)
 
-    monkeypatch.setattr(evaluating, "simulate_sums", killed)
-    with pytest.raises(Killed):
-        answer(config, search)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluating, "simulate_sums", killed)
+        with pytest.raises(Killed):
+            answer(config, search)
+    return evaluated
+
+
+@pytest.mark.parametrize("calls", [1, 4])
+def test_a_search_killed_in_its_evaluations_goes_on_to_the_same_proposal(
+    finished: SearchDir, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    config = quick_config(tiny_data, tmp_path / "run")
+    search = request(config)
+    evaluated = answer_killed(config, search, calls)
     written = {path.name for path in search.evaluations.iterdir()}
     assert len(written) == sum(evaluated)
     trained = [search.probe(name).joinpath("COMPLETE.json").stat().st_mtime_ns for name in COMPONENTS]
-
-    again: list[int] = []
+    again, simulate = [], evaluating.simulate_sums
 
     def counted(adapters: Any, U: np.ndarray, *rest: Any, **options: Any) -> Simulated:
         again.append(len(U))
@@ -310,20 +317,8 @@ def test_a_search_that_stops_candidates_goes_on_to_the_same_proposal(
     """Killed in the first or the second group of candidates; the plan is read again, not made again."""
     config = quick_config(tiny_data, tmp_path / "run", candidates=EAGER)
     search = request(config)
-    simulate = evaluating.simulate_sums
-    evaluated: list[int] = []
-
-    def killed(adapters: Any, U: np.ndarray, *rest: Any, **options: Any) -> Simulated:
-        if len(evaluated) == calls:
-            raise Killed
-        evaluated.append(len(U))
-        return simulate(adapters, U, *rest, **options)
-
-    monkeypatch.setattr(evaluating, "simulate_sums", killed)
-    with pytest.raises(Killed):
-        answer(config, search)
+    evaluated = answer_killed(config, search, calls)
     assert len(list(search.evaluations.iterdir())) == sum(evaluated)
-    monkeypatch.setattr(evaluating, "simulate_sums", simulate)
     monkeypatch.setattr(Planner, "_decided", lambda planner: pytest.fail("decided twice"))
     answer(config, search)
     assert lasting(search) == lasting(stopped)
