@@ -20,9 +20,9 @@ $(STAMP): $(LOCK)
 	@cp $(LOCK) $@
 
 .PHONY: test
-test: setup ## every test; those marked `launch` start several processes each and have the cores to themselves
+test: setup ## every test; those marked `launch` start several processes each and come last, two files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not launch" -n 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m launch
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m launch -n 2 --dist loadfile
 
 .PHONY: lint
 lint: setup ## ruff (rules and format) and mypy
