@@ -188,6 +188,11 @@ class EngineConfig(Section):
     float8: bool = Field(
         False, description="matrix products of the blocks in float8 (torchao; GPUs from Ada and Hopper on)"
     )
+    logits_memory: Annotated[ByteSize, Field(gt=0)] | None = Field(
+        ByteSize(512 << 20),
+        description="most that the float32 logits of a micro-batch may take whole; more are computed in "
+        "chunks of this size, once more in the backward pass; null: always whole",
+    )
     snapshot_dtype: DTypeName = Field("float32", description="dtype of the files that a search starts from")
     collective_timeout_s: float = Field(1800.0, gt=0, description="seconds before a stuck collective raises")
     fsdp: FSDPConfig = FSDPConfig()
@@ -375,6 +380,7 @@ RESUME_MAY_CHANGE = (
     "engine.deepspeed",
     "engine.megatron",
     "engine.compile",
+    "engine.logits_memory",
     "engine.collective_timeout_s",
     "checkpoint",
     "pool",

@@ -117,7 +117,7 @@ class DeepSpeedEngine(SingleEngine):
         yield
 
     def _losses(self, batch: TokenBatch) -> Tensor:
-        return sample_losses(cast(nn.Module, self._forward), batch)
+        return sample_losses(cast(nn.Module, self._forward), batch, self.head)
 
     def _train_step(
         self, microbatches: Sequence[TokenBatch], targets: Tensor, total: int, lr: float

@@ -28,6 +28,7 @@ from opmix_dist.engines.single import DTYPES, SingleEngine, materialise
 from opmix_dist.engines.tensor_parallel import parallelize, require_parallelizable
 from opmix_dist.errors import UserError
 from opmix_dist.models.build import transformer_blocks
+from opmix_dist.models.chunked_head import ChunkedHead
 from opmix_dist.models.source import ModelSource
 
 
@@ -48,6 +49,10 @@ class FSDPEngine(SingleEngine):
             )
         rank = self.world.rank
         return Replica(rank // neighbours, ranks // neighbours, counts=rank % neighbours == 0)
+
+    def _chunked_head(self) -> ChunkedHead | None:
+        """Tensor parallelism has a head of its own: each rank multiplies its part of the vocabulary."""
+        return None if self.config.fsdp.tensor_parallel > 1 else super()._chunked_head()
 
     def _place(self, source: ModelSource) -> None:
         """Nothing is ever whole on a rank, except one parameter at a time of a fresh model."""

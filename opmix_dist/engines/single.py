@@ -16,6 +16,7 @@ from opmix_dist.distributed import World
 from opmix_dist.engines.base import Engine, Kind, NonFiniteError, Replica, StepResult
 from opmix_dist.engines.blocks import prepare_blocks, use_float8
 from opmix_dist.models.build import transformer_blocks
+from opmix_dist.models.chunked_head import ChunkedHead, chunked_head
 from opmix_dist.models.flops import count_flops
 from opmix_dist.models.loss import sample_losses
 from opmix_dist.models.source import ModelSource
@@ -44,11 +45,15 @@ class SingleEngine(Engine):
         if config.float8:
             use_float8(transformer_blocks(model), world.device)
         self.model = model
+        self.head = self._chunked_head()
         self._place(source)
         self.optimizer = self._start_optimizer(optimizer)
 
     def _find_replica(self) -> Replica:
         return Replica(0, 1)
+
+    def _chunked_head(self) -> ChunkedHead | None:
+        return chunked_head(self.model, self.config.logits_memory)
 
     def _place(self, source: ModelSource) -> None:
         """Bring the model, whose parameters are on the meta device, to the trainers' devices."""
@@ -76,7 +81,7 @@ class SingleEngine(Engine):
 
     def _losses(self, batch: TokenBatch) -> Tensor:
         """Sums [B] of a batch on the device."""
-        return sample_losses(self.model, batch)
+        return sample_losses(self.model, batch, self.head)
 
     def _train_step(
         self, microbatches: Sequence[TokenBatch], targets: Tensor, total: int, lr: float

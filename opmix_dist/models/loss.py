@@ -17,38 +17,44 @@ from torch.nn import functional as F
 
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.models.attention import causal_only
+from opmix_dist.models.chunked_head import NO_TARGET, ChunkedHead
 from opmix_dist.models.heads import HiddenLosses, fused_head
 
-_NO_TARGET = -100
-"""What cross_entropy passes over."""
 
-
-def sample_losses(model: nn.Module, batch: TokenBatch) -> Tensor:
+def sample_losses(model: nn.Module, batch: TokenBatch, head: ChunkedHead | None = None) -> Tensor:
     """Sum of the cross-entropies of each sample's targets, in nats; 0 for a sample without one.
 
     Args:
         batch: B samples of T tokens; position ids, where it has them, confine attention to documents.
+        head: of the model, where logits that are too large to be whole are to be computed in chunks.
 
     Returns:
         [B] float32, or float64 of a model in float64 and where kernels sum them.
     """
-    targets = torch.where(batch.loss_mask, batch.tokens, _NO_TARGET)[:, 1:]
+    targets = torch.where(batch.loss_mask, batch.tokens, NO_TARGET)[:, 1:]
     fused = fused_head(model)
     if fused is not None:
         return _fused_losses(*fused, batch, targets)
+    if head is not None and head.needed(batch.tokens.numel()):
+        with head.giving_losses(_padded(targets)):
+            return _run(model, batch).logits.view(batch.tokens.shape).sum(dim=1)
     logits = _run(model, batch).logits.view(*batch.tokens.shape, -1)[:, :-1]  # of tokens 1 to T-1
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(
-        precise.flatten(0, 1), targets.flatten(), ignore_index=_NO_TARGET, reduction="none"
+        precise.flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET, reduction="none"
     )
     return losses.view(targets.shape).sum(dim=1)
 
 
 def _fused_losses(backbone: nn.Module, losses: HiddenLosses, batch: TokenBatch, targets: Tensor) -> Tensor:
     hidden = _run(backbone, batch).last_hidden_state.view(*batch.tokens.shape, -1)
-    # the last token predicts nothing: a target that is none costs less than a copy without its row
-    padded = F.pad(targets, (0, 1), value=_NO_TARGET)
-    return losses(hidden, padded)
+    return losses(hidden, _padded(targets))
+
+
+def _padded(targets: Tensor) -> Tensor:
+    """The last token predicts nothing: a target that is none costs less than hidden states without its
+    row."""
+    return F.pad(targets, (0, 1), value=NO_TARGET)
 
 
 def _run(module: nn.Module, batch: TokenBatch) -> Any:

@@ -24,6 +24,7 @@ from opmix_dist.process import end_process
 from opmix_dist.train.checkpoint import Checkpointer
 from tests.engines.ranks import (
     BATCH,
+    HEAD_CHUNK,
     LENGTH,
     LR,
     MICRO,
@@ -58,6 +59,8 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "stage 1": ("llama", {"deepspeed": {"stage": 1}}, STEPS),
     "stage 2": ("llama", {}, STEPS),
     "stage 3": ("llama", {"deepspeed": {"stage": 3}}, STEPS),
+    "stage 2, head in chunks": ("llama", {"logits_memory": HEAD_CHUNK}, 8),
+    "stage 3, head in chunks": ("even", {"deepspeed": {"stage": 3}, "logits_memory": HEAD_CHUNK}, 8),
     "user's": ("qwen3", {"deepspeed": {"config": USER}}, 8),
     "offload": ("even", {"deepspeed": OFFLOAD}, 8),
     "offload all, full": ("even", {"deepspeed": OFFLOAD_ALL, "activation_checkpointing": "full"}, 8),

@@ -31,6 +31,8 @@ from tests.helpers import alone_in_rows, documents, one_by_one, pack, tiny_llama
 
 BATCH, MICRO, LENGTH, LR = 12, 3, 16, 3e-3
 STEPS, SAVED = 30, 4
+HEAD_CHUNK = 4 * 64 * 10
+"""Bytes of the logits of 10 tokens of the 48 in a micro-batch."""
 PACKS = documents(seed=0), documents(seed=10)
 
 SHARED = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -49,6 +51,7 @@ CASES: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {
     2: {
         "fsdp": ("llama", {}),
         "offload, full": ("llama", {"fsdp": {"cpu_offload": True}, "activation_checkpointing": "full"}),
+        "head in chunks": ("llama", {"logits_memory": HEAD_CHUNK}),
         "selective": ("even", {"reshard_after_forward": False, "activation_checkpointing": "selective"}),
         "tensor": ("qwen3", {"fsdp": {"tensor_parallel": 2}}),
         "tensor, loss": ("llama", {"fsdp": {"tensor_parallel": 2, "loss_parallel": True}}),
