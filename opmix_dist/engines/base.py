@@ -231,8 +231,23 @@ def owners(shapes: Mapping[str, torch.Size], ranks: int) -> dict[str, int]:
     return found
 
 
+    def _require_finite(self, losses: Tensor) -> None:
+        """Collective, so that no rank goes on alone: raise NonFiniteError if any of the replicas' ``losses``
+        [b] on the CPU is not finite."""
+        require_none_bad(float(self.sum((~losses.isfinite()).sum())))
+
 _PART_NUMBERS = 1 << 28
 """Numbers of a checkpoint that are read at a time: 1 GiB of float32."""
+
+
+def require_none_bad(num_samples: float) -> None:
+    """Of the global batch, without a finite loss.
+
+    Raises:
+        NonFiniteError: there are some.
+    """
+    if num_samples > 0:
+        raise NonFiniteError(f"{num_samples:.0f} training samples of the global batch have a NaN or inf loss")
 
 
 def _parts(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -115,18 +115,25 @@ class FSDPEngine(SingleEngine):
                 if isinstance(module, FSDPModule):
                     module.reshard()
 
-    def _clip(self) -> Tensor:
+    def _clip(self, bad: Tensor) -> tuple[Tensor, Tensor]:
         """Parameters are divided over the whole mesh or over a part of it, so a number of the gradient may be
         on several ranks: each counts it as the share that makes 1 of all of them. One sum over the ranks
         follows, whatever the meshes."""
-        gradients = [cast(DTensor, parameter.grad) for parameter in self.model.parameters()]
-        local = [gradient.to_local() for gradient in gradients]
+        local = [cast(DTensor, parameter.grad).to_local() for parameter in self.model.parameters()]
         norms = torch.stack(torch._foreach_norm(local))
-        shares = [_pieces(gradient) / self.world.size for gradient in gradients]
-        squares = norms.square() @ torch.tensor(shares).to(norms)
-        norm = self.world.sum(squares).sqrt()
+        squares = norms.square() @ self._shares
+        mine = bad.to(norms) if self.replica.counts else torch.zeros_like(squares)
+        all_bad, square = self.world.sum(torch.stack([mine, squares]))
+        norm = square.sqrt()
         torch._foreach_mul_(local, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-        return norm
+        return all_bad, norm
+
+    @cached_property
+    def _shares(self) -> Tensor:
+        """[parameters] float32, where the gradients are."""
+        parameters = [cast(DTensor, parameter) for parameter in self.model.parameters()]
+        shares = [_pieces(parameter) / self.world.size for parameter in parameters]
+        return torch.tensor(shares, device=parameters[0].to_local().device)
 
     def _whole(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self._tensors(kind).items():

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from opmix_dist.config import EngineConfig, OptimizerConfig
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import World
-from opmix_dist.engines.base import Engine, Kind, NonFiniteError, Replica, StepResult
+from opmix_dist.engines.base import Engine, Kind, Replica, StepResult, require_none_bad
 from opmix_dist.engines.blocks import prepare_blocks, use_float8
 from opmix_dist.models.build import transformer_blocks
 from opmix_dist.models.chunked_head import ChunkedHead, chunked_head
@@ -86,8 +86,9 @@ class SingleEngine(Engine):
     def _train_step(
         self, microbatches: Sequence[TokenBatch], targets: Tensor, total: int, lr: float
     ) -> StepResult:
-        # all before the first pass: a copy from pageable memory in between would wait until the GPU is idle
-        on_device = [batch.to(self.world.device) for batch in microbatches]
+        # all before the first pass, and one look at the results in the whole step: the host runs ahead of a
+        # GPU, which goes on with AdamW while the step is booked and the next batch comes
+        on_device = send(microbatches, self.world.device)
         losses = []
         for i, batch in enumerate(on_device):
             with self._accumulating(i == len(on_device) - 1):
@@ -96,23 +97,26 @@ class SingleEngine(Engine):
                 # Gradients are averaged over replicas, hence the factor: the mean over all targets remains.
                 (sums.sum() * (self.replica.size / total)).backward()
             losses.append(sums.detach())
-        sample_sums = torch.cat(losses).double().cpu()
-        self._require_finite(sample_sums)
+        sample_sums = torch.cat(losses).double()
         self._complete_gradients()
-        grad_norm = self._clip()
-        if grad_norm.isfinite():
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
+        bad, norm = self._clip((~sample_sums.isfinite()).sum())
+        results = read_later(torch.cat([sample_sums, torch.stack([bad, norm]).to(sample_sums)]))
+        self._apply(lr, refused=(bad > 0) | ~norm.isfinite())
         self._drop_gradients()
-        return StepResult(sample_sums, targets, grad_norm.item())
+        found = results()
+        require_none_bad(found[-2].item())
+        return StepResult(found[:-2], targets, found[-1].item())
 
-    def _require_finite(self, losses: Tensor) -> None:
-        """Collective, so that no rank goes on alone."""
-        bad = self.sum((~losses.isfinite()).sum())
-        if bad > 0:
-            self._drop_gradients()
-            raise NonFiniteError(f"{int(bad)} training samples of the global batch have a NaN or inf loss")
+    def _apply(self, lr: float, *, refused: Tensor) -> None:
+        """AdamW's step, unless it is ``refused`` (0-dimensional, on the device). The fused AdamW looks at
+        that on the device itself, as it does for a GradScaler; elsewhere the host looks."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.optimizer.defaults["fused"]:
+            self.optimizer.found_inf = refused.float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not refused:
+            self.optimizer.step()
 
     def _drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -124,8 +128,17 @@ class SingleEngine(Engine):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
-    def _clip(self) -> Tensor:
-        return nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+    def _clip(self, bad: Tensor) -> tuple[Tensor, Tensor]:
+        """Clip the gradient.
+
+        Args:
+            bad: number of this replica's samples without a finite loss, 0-dimensional.
+
+        Returns:
+            Their number in the global batch, and the gradient's norm before, both float32 on the device and
+            on every rank.
+        """
+        return bad.float(), nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm).float()
 
     def _evaluate(self, batch: TokenBatch, batch_size: int) -> Tensor:
         self.model.eval()

@@ -134,12 +134,6 @@ class MegatronEngine(Engine):
                 self._steps += 1
         return StepResult(losses, targets, grad_norm)
 
-    def _require_finite(self, losses: Tensor) -> None:
-        """Collective, so that no rank goes on alone."""
-        bad = self.sum((~losses.isfinite()).sum())
-        if bad > 0:
-            raise NonFiniteError(f"{int(bad)} training samples of the global batch have a NaN or inf loss")
-
     def _evaluate(self, batch: TokenBatch, batch_size: int) -> Tensor:
         """The schedules take micro-batches of one size: the last one repeats a sample."""
         rows = torch.arange(math.ceil(len(batch) / batch_size) * batch_size).clamp(max=len(batch) - 1)
