@@ -15,6 +15,7 @@ from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import World
 from opmix_dist.engines.base import Engine, Kind, Replica, StepResult, require_none_bad
 from opmix_dist.engines.blocks import prepare_blocks, use_float8
+from opmix_dist.engines.transfer import read_later, send
 from opmix_dist.models.build import transformer_blocks
 from opmix_dist.models.chunked_head import ChunkedHead, chunked_head
 from opmix_dist.models.flops import count_flops

@@ -1,4 +1,4 @@
-"""A step's results are asked for once, when all of it is queued: a GPU never waits for the host in between."""
+"""A step's results are asked for once, when all of it is queued: a GPU waits for the host nowhere else."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from opmix_dist.config import EngineConfig, OptimizerConfig, RunConfig
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import World
-from opmix_dist.engines.base import Engine, Kind, NonFiniteError, Replica, StepResult
+from opmix_dist.engines.base import Engine, Kind, Replica, StepResult
 from opmix_dist.engines.megatron.cpu import cpu_in_place_of_cuda
 from opmix_dist.engines.megatron.loss import document_mask, parallel_sample_losses
 from opmix_dist.engines.megatron.model import build_stage, transformer_config
