@@ -193,6 +193,9 @@ class EngineConfig(Section):
         description="most that the float32 logits of a micro-batch may take whole; more are computed in "
         "chunks of this size, once more in the backward pass; null: always whole",
     )
+    peak_tflops: float | None = Field(
+        None, gt=0, description="dense TFLOP/s of one device, for MFU; null: by the name of a known GPU"
+    )
     snapshot_dtype: DTypeName = Field("float32", description="dtype of the files that a search starts from")
     collective_timeout_s: float = Field(1800.0, gt=0, description="seconds before a stuck collective raises")
     fsdp: FSDPConfig = FSDPConfig()
@@ -380,6 +383,7 @@ RESUME_MAY_CHANGE = (
     "engine.deepspeed",
     "engine.megatron",
     "engine.compile",
+    "engine.peak_tflops",
     "engine.logits_memory",
     "engine.collective_timeout_s",
     "checkpoint",

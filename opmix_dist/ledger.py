@@ -12,15 +12,32 @@ from opmix_dist.exchange.schemas import PhaseCost
 class Ledger:
     """Adds up costs by phase. ``num_ranks`` devices are busy, or waiting, while a phase is timed."""
 
-    def __init__(self, num_ranks: int, costs: Mapping[str, PhaseCost] | None = None) -> None:
-        self.num_ranks = num_ranks
+    def __init__(
+        self,
+        num_ranks: int,
+        costs: Mapping[str, PhaseCost] | None = None,
+        *,
+        peak_flops: float | None = None,
+    ) -> None:
+        """
+        Args:
+            costs: of earlier attempts.
+            peak_flops: FLOP/s of one device at most; None: not known.
+        """
+        self.num_ranks, self.peak_flops = num_ranks, peak_flops
+        self.elsewhere = 0.0
+        """Seconds of all blocks that were timed or set aside."""
         self.costs = {name: cost.model_copy() for name, cost in (costs or {}).items()}
 
     def add(self, phase: str, *, seconds: float = 0.0, flops: float = 0.0, tokens: int = 0) -> None:
         """FLOPs and tokens are those of all ranks together; seconds are wall time."""
-        cost = self.costs.setdefault(phase, PhaseCost())
+        cost = self.costs.setdefault(phase, PhaseCost(possible_flops=0.0))
         cost.seconds += seconds
         cost.device_seconds += seconds * self.num_ranks
+        if self.peak_flops is None or cost.possible_flops is None:
+            cost.possible_flops = None  # also of a part of it: nobody knows the whole then
+        else:
+            cost.possible_flops += seconds * self.num_ranks * self.peak_flops
         cost.flops += flops
         cost.tokens += tokens
 
@@ -29,6 +46,16 @@ class Ledger:
         """Add the wall time of the block, also when it raises."""
         start = time.perf_counter()
         try:
-            yield
+            with self.aside():
+                yield
         finally:
             self.add(phase, seconds=time.perf_counter() - start)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around what another ledger counts: it is no phase of this one, and no part of a step either."""
+        start, before = time.perf_counter(), self.elsewhere
+        try:
+            yield
+        finally:
+            self.elsewhere = before + time.perf_counter() - start  # blocks within this one count once

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from opmix_dist.config import RunConfig
+from opmix_dist.config import EngineConfig, RunConfig
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import World
+from opmix_dist.engines.held import HeldBytes
 from opmix_dist.errors import UserError
 from opmix_dist.models.flops import FlopCounts
 
@@ -71,6 +72,7 @@ class Engine(ABC):
     """
 
     world: World
+    config: EngineConfig
     replica: Replica
     flops: FlopCounts
     shapes: dict[str, torch.Size]
@@ -90,6 +92,18 @@ class Engine(ABC):
     @property
     def num_parameters(self) -> int:
         return sum(shape.numel() for shape in self.shapes.values())
+
+    @abstractmethod
+    def held_bytes(self) -> HeldBytes:
+        """What this rank holds between steps, and gradients. Not collective."""
+
+    def recomputed_flops(self, tokens: int) -> float:
+        """FLOPs per token that a training step computes a second time, to hold less.
+
+        Args:
+            tokens: of a micro-batch.
+        """
+        return self.flops.recomputed(self.config.activation_checkpointing)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the replicas, on every rank."""

@@ -23,7 +23,8 @@ from opmix_dist.distributed import World
 from opmix_dist.engines.base import Kind, Replica, StepResult
 from opmix_dist.engines.blocks import prepare_blocks
 from opmix_dist.engines.deepspeed_config import Settings, deepspeed_settings, require_same_batches
-from opmix_dist.engines.single import DTYPES, SingleEngine, adamw, materialise, start_moments
+from opmix_dist.engines.held import HeldBytes, HeldCounter
+from opmix_dist.engines.single import DTYPES, SingleEngine, adamw, materialise, moments, start_moments
 from opmix_dist.errors import UserError
 from opmix_dist.models.build import transformer_blocks
 from opmix_dist.models.loss import sample_losses
@@ -107,6 +108,26 @@ class DeepSpeedEngine(SingleEngine):
             start_moments(optimizer, [part])
             if swapped:
                 zero._optimizer_states_and_gradient_swap_out(i)
+
+    def held_bytes(self) -> HeldBytes:
+        """Of stage 3, parameters are the parts, and gradients a buffer that is always there; of stage 2 they
+        are this rank's part of each group; of stage 1 whole. All of them are float32."""
+        zero, counter = self.engine.optimizer, HeldCounter(self.world.device)
+        if self.stage == 3:
+            parameters = counter.count(cast(Any, p).ds_tensor for p in self._parameters.values())
+            gradients = counter.count([zero.grad_partitions_flat_buffer])
+            masters = zero.fp32_partitioned_groups_flat
+        else:
+            parameters = counter.count(self._parameters.values())
+            masters = zero.single_partition_of_fp32_groups
+            source = masters if self.stage == 2 else list(self._parameters.values())
+            gradients = counter.count_like(source, torch.float32)
+        return HeldBytes(
+            parameters=parameters,
+            gradients=gradients,
+            optimizer=counter.count([*masters, *moments(self.optimizer)]),
+            offloaded=counter.offloaded,
+        )
 
     def _compute_context(self) -> AbstractContextManager[None]:
         return nullcontext()  # the parameters that it computes with have the dtype

@@ -15,6 +15,7 @@ from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import World
 from opmix_dist.engines.base import Engine, Kind, Replica, StepResult, require_none_bad
 from opmix_dist.engines.blocks import prepare_blocks, use_float8
+from opmix_dist.engines.held import HeldBytes, HeldCounter
 from opmix_dist.engines.transfer import read_later, send
 from opmix_dist.models.build import transformer_blocks
 from opmix_dist.models.chunked_head import ChunkedHead, chunked_head
@@ -67,6 +68,19 @@ class SingleEngine(Engine):
         optimizer = adamw(self.model, self.shapes, config, fused=self.world.device.type == "cuda")
         start_moments(optimizer, self.model.parameters())
         return optimizer
+
+    def held_bytes(self) -> HeldBytes:
+        counter, parameters = HeldCounter(self.world.device), list(self.model.parameters())
+        return HeldBytes(
+            parameters=counter.count(parameters),
+            gradients=counter.count_like(parameters),
+            optimizer=counter.count(moments(self.optimizer)),
+            offloaded=counter.offloaded,
+        )
+
+    def recomputed_flops(self, tokens: int) -> float:
+        chunked = self.head is not None and self.head.needed(tokens)
+        return super().recomputed_flops(tokens) + (self.flops.head if chunked else 0.0)
 
     def _compute_context(self) -> AbstractContextManager[None]:
         """Around every forward pass and its backward pass."""
@@ -212,6 +226,12 @@ def start_moments(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor]) ->
             "exp_avg": torch.zeros_like(parameter, requires_grad=False),
             "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
         }
+
+
+def moments(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """AdamW's two of each parameter."""
+    for state in optimizer.state.values():
+        yield from (state["exp_avg"], state["exp_avg_sq"])
 
 
 def _decay_groups(

@@ -123,7 +123,15 @@ class PhaseCost(Record):
     seconds: float = 0.0
     device_seconds: float = 0.0
     flops: float = 0.0
+    """Of the model; what activation checkpointing computes again is not among them."""
     tokens: int = 0
+    possible_flops: float | None = None
+    """What the devices can do at most in ``device_seconds``; None where their peak is not known."""
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs over possible ones; None where there are none of either, or they are not known."""
+        return self.flops / self.possible_flops if self.flops and self.possible_flops else None
 
 
 class Interval(Record):
@@ -239,6 +247,25 @@ class Fit(Record):
     warnings: list[str] = Field(default_factory=list)
 
 
+class MemoryUse(Record):
+    """Bytes by kind, of the trainer rank whose peak was the highest; see docs/engines.md."""
+
+    rank: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations_and_others: int
+    """``peak`` without the three above. On a CPU it has Python and its libraries in it."""
+    offloaded: int
+    """Of parameters, gradients and optimizer, what lies in the host's memory and not in the device's."""
+    peak: int
+    reserved: int | None = None
+    """What torch's allocator has taken of the device at most, for ``peak`` and for later."""
+    measured: Literal["allocated", "resident"]
+    """``peak`` is what tensors took of a GPU since the line before that has memory, or what the process took
+    of the host's memory since it began."""
+
+
 class TrainLine(Record):
     """A line of metrics/train.jsonl. ``step`` is the number of finished steps; losses in nats per token."""
 
@@ -250,6 +277,17 @@ class TrainLine(Record):
     tokens: int
     tokens_per_second: float
     mixture_version: int
+    tokens_per_second_per_device: float | None = None
+    seconds: float | None = None
+    """Since the end of the step before, without evaluations, checkpoints, snapshots and searches."""
+    data_seconds: float | None = None
+    """Part of ``seconds`` that a rank waited for its batch; of the rank that waited longest."""
+    mfu: float | None = None
+    """Model FLOPs over what the devices can do; None where their peak is not known."""
+    hfu: float | None = None
+    """The same with what activation checkpointing computes again."""
+    memory: MemoryUse | None = None
+    """Every train.log_interval_steps."""
 
 
 class EvalLine(Record):

@@ -7,12 +7,13 @@ layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from opmix_dist.models.build import transformer_blocks
+from opmix_dist.models.sharding import plain_class
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class Family:
     rotary: str | None = None
     """Gives cosines and sines in the residual stream's dtype, and rotated queries and keys have theirs; None
     where queries and keys keep their own."""
+    last: str | None = None
+    """The linear layer of a block whose result is added to the residual stream, and is nothing else's input:
+    a block's activations can be had again without it. None where a norm follows."""
     score_norms: tuple[str, ...] = ()
     """Norms of queries and keys, of a block, whose weights would make their results float32."""
 
@@ -49,14 +53,13 @@ _LLAMA = Family(
     backbone="model",
     shared=(SharedRead(_ATTENTION, "input_layernorm"), SharedRead(_MLP, "post_attention_layernorm")),
     rotary="model.rotary_emb",
+    last="mlp.down_proj",
 )
-_QWEN3 = Family(
-    _LLAMA.backbone, _LLAMA.shared, _LLAMA.rotary, score_norms=("self_attn.q_norm", "self_attn.k_norm")
-)
+_QWEN3 = replace(_LLAMA, score_norms=("self_attn.q_norm", "self_attn.k_norm"))
 # norms come after attention and MLP, which read the residual stream itself
 _OLMO2 = Family(backbone="model", shared=(SharedRead(_ATTENTION), SharedRead(_MLP)))
 # a LayerNorm, with a mean and a bias, for each of two linear layers
-_GPT_NEOX = Family(backbone="gpt_neox", shared=(), rotary="gpt_neox.rotary_emb")
+_GPT_NEOX = Family(backbone="gpt_neox", shared=(), rotary="gpt_neox.rotary_emb", last="mlp.dense_4h_to_h")
 
 FAMILIES = {
     "LlamaForCausalLM": _LLAMA,
@@ -71,7 +74,7 @@ FAMILIES = {
 def family_of(model: PreTrainedModel) -> Family | None:
     """What the table says of exactly this class of transformers; None for all others, also for subclasses
     and for classes of that name from elsewhere."""
-    kind = type(model)
+    kind = plain_class(model)
     family = FAMILIES.get(kind.__name__)
     known = family is not None and kind.__module__.startswith("transformers.models.")
     return family if known and _has_plain_head(model) else None

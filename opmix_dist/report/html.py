@@ -14,6 +14,7 @@ from opmix_dist.report import charts, page, tables, words
 from opmix_dist.report.page import Html
 from opmix_dist.report.reading import RunView, read_run
 from opmix_dist.report.search_section import search_section
+from opmix_dist.report.speed_section import speed_section
 from opmix_dist.settings import to_yaml
 
 
@@ -59,6 +60,7 @@ class _Report:
                 *self.searches(),
                 self.compute(),
                 self.training(),
+                speed_section(self.views, self.figures),
                 self.configuration(),
             ]
         return page.render(self.run.name, self.lead(), parts, self.figures)
@@ -193,7 +195,8 @@ class _Report:
             for view in views
             for phase, cost in tables.cost_rows(view.costs)
         ]
-        text = "A device-second is a second of one rank that is busy with a phase or waits in it."
+        text = "A device-second is a second of one rank that is busy with a phase or waits in it. "
+        text += "MFU is FLOPs over what devices can do in these seconds, where that is known."
         chart = self.figures.place(charts.compute_shares(ledgers))
         return page.section(
             title, page.caption(text), *notes, chart, page.table(["", *tables.COST_HEADER], rows)

@@ -7,7 +7,7 @@ baseline of every comparison.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,13 +88,16 @@ def _average(rows: Sequence[LossRow]) -> LossRow:
     )
 
 
-def total_cost(costs: Iterable[PhaseCost]) -> PhaseCost:
+def total_cost(costs: Collection[PhaseCost]) -> PhaseCost:
     total = PhaseCost()
     for cost in costs:
         total.seconds += cost.seconds
         total.device_seconds += cost.device_seconds
         total.flops += cost.flops
         total.tokens += cost.tokens
+    possible = [cost.possible_flops for cost in costs]
+    known = [value for value in possible if value is not None]
+    total.possible_flops = sum(known) if len(known) == len(possible) else None
     return total
 
 
@@ -106,12 +109,14 @@ def cost_rows(costs: Mapping[str, PhaseCost]) -> list[tuple[str, PhaseCost]]:
     return [*costs.items(), ("total", total_cost(costs.values()))]
 
 
-def cost_cells(cost: PhaseCost) -> tuple[str, str, str, str]:
-    """Seconds, device-seconds, FLOPs and tokens."""
-    return f"{cost.seconds:,.1f}", f"{cost.device_seconds:,.1f}", words.si(cost.flops), words.si(cost.tokens)
+def cost_cells(cost: PhaseCost) -> tuple[str, ...]:
+    """As COST_HEADER names them."""
+    mfu = words.ABSENT if cost.mfu is None else words.share(cost.mfu)
+    amounts = words.si(cost.flops), words.si(cost.tokens)
+    return f"{cost.seconds:,.1f}", f"{cost.device_seconds:,.1f}", *amounts, mfu
 
 
-COST_HEADER = ("seconds", "device-seconds", "FLOPs", "tokens")
+COST_HEADER = ("seconds", "device-seconds", "FLOPs", "tokens", "MFU")
 
 
 def mixture_rows(mixtures: Sequence[Mapping[str, float]]) -> list[tuple[str, tuple[float, ...]]]:

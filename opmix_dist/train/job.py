@@ -26,6 +26,7 @@ from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, Summary
 from opmix_dist.ledger import Ledger
 from opmix_dist.logs import set_up_logging
 from opmix_dist.models.build import check_tokenizer
+from opmix_dist.models.devices import engine_peak_flops
 from opmix_dist.models.lora import require_adaptable
 from opmix_dist.models.source import ModelSource, open_source
 from opmix_dist.pool.plan import require_kernels
@@ -160,7 +161,7 @@ class Job:
         state = self._restore(engine, checkpointer, loader)
         recorded = self._recorded()
         check_schedule(config, recorded, state.step)
-        ledger = Ledger(world.size, state.costs)
+        ledger = Ledger(world.size, state.costs, peak_flops=engine_peak_flops(config.engine, world.device))
         around = Surroundings(self.run, config, world, self.writer, catalogue, ledger, reporter.on_search)
         return Trainer(
             run=self.run,

@@ -151,6 +151,7 @@ class OpMixPolicy(MixturePolicy):
         asked = [float(self.search.request_file.exists())] if around.world.is_leader else None
         if around.world.share(asked)[0]:
             return  # the request stands, and its answer may be there already
+        start = time.perf_counter()
         with around.ledger.timed("snapshots"):
             self._failure = around.writer.begin(
                 around.run.snapshot(state.step),
@@ -159,16 +160,28 @@ class OpMixPolicy(MixturePolicy):
             )
         if not self._failure:
             self._asked_at = state.model_copy(deep=True)
+            self._tell_stall(time.perf_counter() - start, state.step)
+
+    def _tell_stall(self, seconds: float, steps: int) -> None:
+        """How long the copy of the parameters has held up training, which goes on while it is written."""
+        trained = self.around.ledger.costs.get("train")
+        if self.around.world.is_leader and trained is not None and trained.seconds:
+            mean = trained.seconds / steps
+            log.info(
+                "search %s: its snapshot held training up for %.3f s (a step takes %.3f s)",
+                self.SEARCH, seconds, mean,
+            )  # fmt: skip
 
     def _search_here(self) -> None:
         """Wait for the snapshot and search on the trainer ranks, unless that has been done. Collective."""
         around = self.around
-        with around.ledger.timed("snapshots"):
+        with around.ledger.timed("waiting for the search"):
             while self._asked_at is not None:
                 time.sleep(around.config.pool.poll_interval_s)
                 self._follow_snapshot()
         if not self._failure and not self._answered():
-            Searcher(around.run, around.config, around.world).answer(self.search)
+            with around.ledger.aside():  # proposal.json has its costs
+                Searcher(around.run, around.config, around.world).answer(self.search)
 
     def _follow_snapshot(self) -> None:
         """Request the search once all ranks have written. Collective."""

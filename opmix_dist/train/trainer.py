@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from opmix_dist.train.checkpoint import Checkpointer
 from opmix_dist.train.policy import MixturePolicy
 from opmix_dist.train.schedule import learning_rate
 from opmix_dist.train.state import TrainerState
+from opmix_dist.train.throughput import Throughput
 
 
 @dataclass
@@ -52,12 +52,19 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._last_evaluation: EvalLine | None = None
+        self._throughput = Throughput(
+            self.engine,
+            self.ledger,
+            peak_flops=self.ledger.peak_flops,
+            memory_interval=self.config.train.log_interval_steps,
+        )
 
     def fit(self) -> EvalLine:
         """Train to ``train.steps``. Collective over the trainer ranks; returns the last evaluation."""
         with self._closing():
             self.first_step = self.state.step
             self._announce("on_start")
+            self._throughput.start()
             while self.state.step < self.config.train.steps:
                 self._update_mixture()
                 try:
@@ -92,27 +99,33 @@ class Trainer:
         self._announce("on_mixture", record)
 
     def _train_step(self) -> TrainLine:
-        start = time.perf_counter()
         step = self.state.step
         # Models with dropout draw from a generator that depends on step and replica only: exact after a
         # resume, and the same on all ranks of a replica.
         torch.manual_seed(derive_seed(self.config.seed, "step", step, self.engine.replica.rank))
         lr = learning_rate(self.config.schedule, self.config.optimizer.lr, step, self.config.train.steps)
-        loaded = next(self.loader)
+        with self._throughput.waiting_for_data():
+            loaded = next(self.loader)
         microbatches = loaded.batch.split(self.config.train.micro_batch_size)
         result = self.engine.train_step(microbatches, lr=lr)
-        sums = self._sum_by_domain(loaded, result)
-        seconds = time.perf_counter() - start
-        return self._book(sums, result.grad_norm, lr, seconds)
+        sums, readings = self._gather(loaded, result)
+        return self._book(sums, readings, result.grad_norm, lr)
 
-    def _sum_by_domain(self, loaded: LoadedBatch, result: StepResult) -> Tensor:
-        """Losses, targets and samples of each domain, summed over the global batch: [3, D] float64."""
+    def _gather(self, loaded: LoadedBatch, result: StepResult) -> tuple[Tensor, Tensor]:
+        """Losses, targets and samples of each domain, summed over the global batch, [3, D] float64, and every
+        rank's readings [W, R], by one collective."""
         losses = result.sample_losses
         rows = torch.stack([losses, result.targets.to(losses), torch.ones_like(losses)])  # [3, b]
         sums = torch.zeros(3, len(self.catalogue.names), dtype=torch.float64)
-        return self.engine.sum(sums.index_add_(1, loaded.domain_ids, rows))
+        if self.engine.replica.counts:
+            sums.index_add_(1, loaded.domain_ids, rows)
+        mine = self._throughput.readings(self.state.step + 1)
+        readings = torch.zeros(self.world.size, len(mine), dtype=torch.float64)
+        readings[self.world.rank] = mine
+        both = self.world.sum(torch.cat([sums.flatten(), readings.flatten()]))
+        return both[: sums.numel()].view_as(sums), both[sums.numel() :].view_as(readings)
 
-    def _book(self, sums: Tensor, grad_norm: float, lr: float, seconds: float) -> TrainLine:
+    def _book(self, sums: Tensor, readings: Tensor, grad_norm: float, lr: float) -> TrainLine:
         """Advance the state by one step and describe it. Tokens are T for each sample, padding included: it
         is computed on too."""
         losses, targets, samples = sums  # [D] each
@@ -121,8 +134,8 @@ class Trainer:
         for name, count in zip(self.catalogue.names, samples.tolist(), strict=True):
             self.state.domain_tokens[name] += int(count) * length
         self.state.step += 1
-        per_token = self.engine.flops.train(recompute=self.config.engine.activation_checkpointing == "full")
-        self.ledger.add("train", seconds=seconds, flops=tokens * per_token, tokens=tokens)
+        seconds = self._throughput.lap()
+        self.ledger.add("train", seconds=seconds, flops=tokens * self.engine.flops.train(), tokens=tokens)
         by_domain = zip(self.catalogue.names, losses.tolist(), targets.tolist(), strict=True)
         return TrainLine(
             step=self.state.step,
@@ -131,8 +144,13 @@ class Trainer:
             grad_norm=grad_norm,
             lr=lr,
             tokens=self.state.tokens,
-            tokens_per_second=tokens / seconds,
             mixture_version=self.state.mixture_version,
+            **self._throughput.describe(
+                readings,
+                tokens=tokens,
+                tokens_per_pass=self.config.train.micro_batch_size * length,
+                seconds=seconds,
+            ),
         )
 
     def evaluate(self) -> EvalLine:

@@ -27,7 +27,6 @@ def finished(tmp_path: Path) -> RunDir:
     writer.search()
     writer.mixture(20, PROPOSED, "search 0001: simulated mean loss 0.0180 below staying", search="0001")
     writer.training().evaluation(50, [4.0, 1.8, 4.1]).evaluation(100, [3.52, 1.3, 3.9])
-    writer.summary(
-        [3.52, 1.3, 3.9], {"train": PhaseCost(seconds=11, device_seconds=22, flops=6e12, tokens=100_000)}
-    )
+    train = PhaseCost(seconds=11, device_seconds=22, flops=6e12, tokens=100_000, possible_flops=24e12)
+    writer.summary([3.52, 1.3, 3.9], {"train": train})
     return writer.run

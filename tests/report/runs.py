@@ -18,6 +18,7 @@ from opmix_dist.exchange.schemas import (
     Fit,
     Gain,
     Interval,
+    MemoryUse,
     MixtureRecord,
     PhaseCost,
     Proposal,
@@ -64,7 +65,8 @@ class RunWriter:
         files.append_jsonl(self.run.mixtures_file, record.model_dump(mode="json"))
         return self
 
-    def training(self, steps: int = STEPS) -> RunWriter:
+    def training(self, steps: int = STEPS, *, first_measured: int = STEPS // 2) -> RunWriter:
+        """Lines up to ``first_measured`` are as runs had them before speed and memory were measured."""
         lines = [
             TrainLine(
                 step=step,
@@ -75,10 +77,12 @@ class RunWriter:
                 tokens=step * TOKENS_PER_STEP,
                 tokens_per_second=1e4,
                 mixture_version=0,
+                **(measured(step) if step > first_measured else {}),
             )
             for step in range(1, steps + 1)
         ]
-        files.rewrite_jsonl(self.run.train_file, (line.model_dump(mode="json") for line in lines))
+        rows = (line.model_dump(mode="json", exclude_unset=True) for line in lines)
+        files.rewrite_jsonl(self.run.train_file, rows)
         return self
 
     def evaluation(self, step: int, losses: list[float]) -> RunWriter:
@@ -137,6 +141,22 @@ class RunWriter:
         write_record(search.proposal_file, _proposal(search.name, u))
         write_record(search.status_file, SearchStatus(stage=SearchStage.PROPOSED))
         return search
+
+
+def measured(step: int) -> dict[str, object]:
+    """Of a step of a tenth of a second on two devices; memory every tenth step, the most at the last."""
+    memory = MemoryUse(
+        rank=1, parameters=1 << 30, gradients=2 << 30, optimizer=3 << 30, activations_and_others=step << 30,
+        offloaded=0, peak=(6 + step) << 30, reserved=(7 + step) << 30, measured="allocated",
+    )  # fmt: skip
+    return {
+        "tokens_per_second_per_device": 5e3,
+        "seconds": 0.1,
+        "data_seconds": 0.002,
+        "mfu": 0.4,
+        "hfu": 0.5,
+        "memory": memory if step % 10 == 0 else None,
+    }
 
 
 def write_candidates(search: SearchDir, proposal: np.ndarray) -> None:

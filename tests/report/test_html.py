@@ -33,6 +33,7 @@ SECTIONS = [
     "Probes",
     "Compute",
     "Training loss",
+    "Speed and memory",
     "Configuration",
 ]
 
@@ -92,8 +93,8 @@ def test_a_finished_run_has_every_section(finished: RunDir, baseline: RunDir):
     assert "33.3% of the run's FLOPs" in page.text  # (2e12 + 1e12) of 9e12
     assert "Both look 51.2 k tokens ahead, at the learning rate of the probes" in page.text
     assert page.text.count("books: few candidates") == 1  # fit and proposal warn of the same
-    # mixture, 3 held-out, final, proposal, 2 landings, 3 laws, probes, compute, training
-    assert len(page.figures) == len(page.places) == 14
+    # mixture, 3 held-out, final, proposal, 2 landings, 3 laws, probes, compute, training, 3 of speed, memory
+    assert len(page.figures) == len(page.places) == 17
 
 
 def test_nothing_is_loaded_and_no_foreign_script_runs(finished: RunDir, baseline: RunDir):
@@ -126,6 +127,25 @@ def test_charts_show_the_numbers_of_the_run(finished: RunDir, baseline: RunDir):
     assert "error_x" not in before
     assert proposed["error_x"]["array"] == pytest.approx([0.05] * 3)
     assert proposed["error_x"]["arrayminus"] == pytest.approx([0.1] * 3)
+
+
+def test_speed_and_memory_are_shown_where_they_were_measured(finished: RunDir, tmp_path: Path):
+    page = Parsed(write_report(finished))
+    text = " ".join(page.text.split())
+    assert "On average 10 k tokens/s, 5 k on each device; 2.0% of the time went by waiting for data." in text
+    assert "MFU 40.0% (50.0% with what was computed again)." in text
+    assert "opmix: rank 1, 106 GiB allocated on its device, 107 GiB reserved." in text
+    tokens, mfu, memory = page.figures[-3:]
+    assert len(tokens["data"][0]["x"]) == 100
+    assert (mfu["data"][0]["x"][0], {*mfu["data"][0]["y"]}) == (51, {0.4})
+    shown = {trace["name"]: trace["x"] for trace in memory["data"]}
+    assert shown == {
+        "parameters": [1], "gradients": [2], "optimizer": [3], "activations and others": [100],
+    }  # fmt: skip
+    unmeasured = RunWriter(tmp_path / "run").mixture(0, UNIFORM, "start").training(first_measured=100)
+    page = Parsed(write_report(unmeasured.run))
+    assert "Tokens per second of each step." in page.text
+    assert "MFU" not in page.text.replace("MFU is FLOPs over", "")
 
 
 def test_the_decision_is_told_with_the_gain_and_how_it_is_known(finished: RunDir):

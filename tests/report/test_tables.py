@@ -46,6 +46,13 @@ def test_costs_add_up_in_the_order_of_the_ledger():
     assert rows[-1][1] == PhaseCost(seconds=11, device_seconds=22, flops=33, tokens=44)
 
 
+def test_mfu_is_known_of_what_every_part_of_it_is_known_of():
+    known = PhaseCost(flops=3, possible_flops=4)
+    assert tables.total_cost([known, PhaseCost(flops=1, possible_flops=4)]).mfu == 0.5
+    assert tables.total_cost([known, PhaseCost(flops=1)]).mfu is None
+    assert PhaseCost(flops=0, possible_flops=4).mfu is None, "waiting has none"
+
+
 def test_mixture_rows_give_absent_domains_no_weight():
     assert tables.mixture_rows([{"a": 1.0}, {"b": 0.4, "a": 0.6}]) == [("a", (1.0, 0.6)), ("b", (0.0, 0.4))]
 
@@ -59,8 +66,9 @@ def test_printed_tables(baseline: RunDir, finished: RunDir):
     assert ["code", "1.5000", "4.48", "1.3000", "3.67", "−0.2000"] in lines
     assert ["average", "3.0000", "30.73", "2.9067", "28.95", "−0.0933"] in lines
     assert ["code", "33.3%", "50.0%"] in lines
-    assert ["opmix", "search", "0001:", "probes", "4.0", "8.0", "2", "T", "200", "k"] in lines
-    assert ["opmix", "total", "17.0", "34.0", "9", "T", "400", "k"] in lines
+    assert ["opmix", "search", "0001:", "probes", "4.0", "8.0", "2", "T", "200", "k", "–"] in lines
+    assert ["opmix", "train", "11.0", "22.0", "6", "T", "100", "k", "25.0%"] in lines
+    assert ["opmix", "total", "17.0", "34.0", "9", "T", "400", "k", "–"] in lines, "the pool's is not known"
 
 
 def test_the_better_values_are_emphasised():

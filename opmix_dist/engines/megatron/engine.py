@@ -28,6 +28,7 @@ from opmix_dist.config import EngineConfig, OptimizerConfig, RunConfig
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import World
 from opmix_dist.engines.base import Engine, Kind, Replica, StepResult
+from opmix_dist.engines.held import HeldBytes, HeldCounter
 from opmix_dist.engines.megatron.cpu import cpu_in_place_of_cuda
 from opmix_dist.engines.megatron.loss import document_mask, parallel_sample_losses
 from opmix_dist.engines.megatron.model import build_stage, transformer_config
@@ -90,6 +91,23 @@ class MegatronEngine(Engine):
     @classmethod
     def check(cls, config: RunConfig, ranks: int) -> None:
         require_settings(config, ranks)
+
+    def held_bytes(self) -> HeldBytes:
+        """Parameters and gradients lie in Megatron's buffers; float32 parameters that are computed with are
+        the optimizer's too, and count once."""
+        counter = HeldCounter(self.world.device)
+        buffers = self.model.buffers + self.model.expert_parallel_buffers
+        return HeldBytes(
+            parameters=counter.count(self.model.parameters()),
+            gradients=counter.count(buffer.grad_data for buffer in buffers),
+            optimizer=counter.count(self._shards.tensors()),
+            offloaded=counter.offloaded,
+        )
+
+    def recomputed_flops(self, tokens: int) -> float:
+        """Megatron's ``selective`` computes attention again, and ``full`` all of a block."""
+        kind = self.config.activation_checkpointing
+        return {"none": 0.0, "selective": self.flops.attention, "full": self.flops.blocks}[kind]
 
     def _megatron(self) -> AbstractContextManager[None]:
         """Around every call into Megatron's code."""

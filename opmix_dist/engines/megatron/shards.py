@@ -7,7 +7,7 @@ moments of its piece only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,13 @@ class Shards:
             return
         for state in self._inner.state.values():
             state["step"] = torch.tensor(float(steps))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that this rank has of them."""
+        for group in self._inner.param_groups:
+            for main in group["params"]:
+                yield main
+                yield from (self._inner.state[main][kind] for kind in ("exp_avg", "exp_avg_sq"))
 
     def whole(self, kind: Kind, parameter: nn.Parameter) -> Tensor:
         """All of a parameter's numbers, float32, in its shape. Collective over the data-parallel ranks."""
