@@ -138,7 +138,7 @@ class DeepSpeedEngine(SingleEngine):
         yield
 
     def _losses(self, batch: TokenBatch) -> Tensor:
-        return sample_losses(cast(nn.Module, self._forward), batch, self.head)
+        return sample_losses(cast(nn.Module, self._forward), batch, self.head, self._losses_of_logits)
 
     def _train_step(
         self, microbatches: Sequence[TokenBatch], targets: Tensor, total: int, lr: float

@@ -104,6 +104,11 @@ class FSDPEngine(SingleEngine):
     def _losses(self, batch: TokenBatch) -> Tensor:
         return plain(super()._losses(batch))
 
+    @property
+    def _compiles_loss(self) -> bool:
+        """Logits that are divided are no plain tensors."""
+        return super()._compiles_loss and not self.config.fsdp.loss_parallel
+
     def _evaluate(self, batch: TokenBatch, batch_size: int) -> Tensor:
         """Without a backward pass, what was gathered last stays so: it is freed here, since only sharded
         parameters are those that the optimiser knows."""

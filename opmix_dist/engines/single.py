@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -20,7 +21,7 @@ from opmix_dist.engines.transfer import read_later, send
 from opmix_dist.models.build import transformer_blocks
 from opmix_dist.models.chunked_head import ChunkedHead, chunked_head
 from opmix_dist.models.flops import count_flops
-from opmix_dist.models.loss import sample_losses
+from opmix_dist.models.loss import losses_of_logits, sample_losses
 from opmix_dist.models.source import ModelSource
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -96,7 +97,17 @@ class SingleEngine(Engine):
 
     def _losses(self, batch: TokenBatch) -> Tensor:
         """Sums [B] of a batch on the device."""
-        return sample_losses(self.model, batch, self.head)
+        return sample_losses(self.model, batch, self.head, self._losses_of_logits)
+
+    @cached_property
+    def _losses_of_logits(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """Compiled, the loss reads logits twice and keeps no float32 copy of them, which are the most that a
+        step holds."""
+        return torch.compile(losses_of_logits) if self._compiles_loss else losses_of_logits
+
+    @property
+    def _compiles_loss(self) -> bool:
+        return self.config.compile
 
     def _train_step(
         self, microbatches: Sequence[TokenBatch], targets: Tensor, total: int, lr: float

@@ -7,6 +7,7 @@ numbers of them, down to none, so both parts are kept until all that belongs tog
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +22,28 @@ from opmix_dist.models.chunked_head import NO_TARGET, ChunkedHead
 from opmix_dist.models.heads import HiddenLosses, fused_head
 
 
-def sample_losses(model: nn.Module, batch: TokenBatch, head: ChunkedHead | None = None) -> Tensor:
+def losses_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """Logits [B, T, V] and targets [B, T] (or ``NO_TARGET``) of the same tokens to each sample's sum [B]."""
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(
+        precise.flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET, reduction="none"
+    )
+    return losses.view(targets.shape).sum(dim=1)
+
+
+def sample_losses(
+    model: nn.Module,
+    batch: TokenBatch,
+    head: ChunkedHead | None = None,
+    from_logits: Callable[[Tensor, Tensor], Tensor] = losses_of_logits,
+) -> Tensor:
     """Sum of the cross-entropies of each sample's targets, in nats; 0 for a sample without one.
 
     Args:
         batch: B samples of T tokens; position ids, where it has them, confine attention to documents.
         head: of the model, where logits that are too large to be whole are to be computed in chunks.
 
+        from_logits: :func:`losses_of_logits`, or what was compiled of it.
     Returns:
         [B] float32, or float64 of a model in float64 and where kernels sum them.
     """
@@ -38,12 +54,8 @@ def sample_losses(model: nn.Module, batch: TokenBatch, head: ChunkedHead | None 
     if head is not None and head.needed(batch.tokens.numel()):
         with head.giving_losses(_padded(targets)):
             return _run(model, batch).logits.view(batch.tokens.shape).sum(dim=1)
-    logits = _run(model, batch).logits.view(*batch.tokens.shape, -1)[:, :-1]  # of tokens 1 to T-1
-    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(
-        precise.flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET, reduction="none"
-    )
-    return losses.view(targets.shape).sum(dim=1)
+    logits = _run(model, batch).logits.view(*batch.tokens.shape, -1)
+    return from_logits(logits, _padded(targets))
 
 
 def _fused_losses(backbone: nn.Module, losses: HiddenLosses, batch: TokenBatch, targets: Tensor) -> Tensor:
@@ -52,8 +64,8 @@ def _fused_losses(backbone: nn.Module, losses: HiddenLosses, batch: TokenBatch, 
 
 
 def _padded(targets: Tensor) -> Tensor:
-    """The last token predicts nothing: a target that is none costs less than hidden states without its
-    row."""
+    """The last token predicts nothing: a target that is none costs less than hidden states or logits without
+    its row."""
     return F.pad(targets, (0, 1), value=NO_TARGET)
 
 

@@ -1,4 +1,5 @@
-"""A step's results are asked for once, when all of it is queued: a GPU waits for the host nowhere else."""
+"""What a step costs beyond its work: its results are asked for once, when all of it is queued, so that a GPU
+waits for the host nowhere else; and the loss is compiled where the blocks are."""
 
 from __future__ import annotations
 
@@ -143,3 +144,24 @@ def test_an_infinite_gradient_alone_is_refused_too(world: World, fused: None) ->
         engine.train_step([random_batch(0, 4, 16)], lr=1e-3)
     assert torch.equal(weight, before)
     assert engine.optimizer_steps == 0
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_the_loss_is_compiled_with_the_blocks(
+    kind: type[SingleEngine], world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same logits, the same losses and gradient; without a compiler, run as traced."""
+    results, sources = [], []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Any:
+        sources.append(graph.code)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+    for compiled in (False, True):
+        torch.compiler.reset()
+        engine = build(kind, world, compile=compiled)
+        results.append(engine.train_step([random_batch(0, 2, 16)], lr=1e-3))
+    assert sum("cross_entropy" in source for source in sources) == 1
+    assert torch.allclose(results[0].sample_losses, results[1].sample_losses, rtol=1e-5)
+    assert results[0].grad_norm == pytest.approx(results[1].grad_norm, rel=1e-5)
