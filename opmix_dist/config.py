@@ -24,7 +24,16 @@ class ModelConfig(Section):
     config: dict[str, Any] | None = Field(
         None, description="HF config fields with `model_type`, for fresh weights; vocab_size follows the data"
     )
-    attention: str = Field("sdpa", description="HF attention implementation: sdpa, eager, flash_attention_2")
+    attention: str = Field(
+        "sdpa",
+        description="HF attention implementation: sdpa, eager, flash_attention_2, flex_attention, or varlen, "
+        "which needs no mask for data.mask_documents",
+    )
+    context: dict[str, Any] | None = Field(
+        None,
+        description="fields of a checkpoint's config to replace for another length of samples: "
+        "max_position_embeddings, rope_theta, rope_scaling, rope_parameters, sliding_window",
+    )
     trust_remote_code: bool = Field(False, description="run model code that comes with a checkpoint")
 
     @model_validator(mode="after")
@@ -33,6 +42,8 @@ class ModelConfig(Section):
             raise ValueError("give exactly one of model.checkpoint and model.config")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("model.config needs `model_type`, for example llama")
+        if self.config is not None and self.context is not None:
+            raise ValueError("model.context is for a model.checkpoint: put its fields into model.config")
         return self
 
 

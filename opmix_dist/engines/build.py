@@ -12,6 +12,7 @@ from opmix_dist.distributed import World
 from opmix_dist.engines.base import Engine
 from opmix_dist.errors import UserError
 from opmix_dist.models.documents import require_documents_apart
+from opmix_dist.models.long_context import require_attention, require_positions, tell_masks
 from opmix_dist.models.source import ModelSource
 
 
@@ -45,8 +46,9 @@ def build_engine(config: RunConfig, source: ModelSource, world: World, sequence_
 
     Raises:
         UserError: ``engine.name: single`` with more than one trainer rank, an engine whose package is not
-            installed or whose settings contradict others, or ``data.mask_documents`` with a model that does
-            not keep documents apart.
+            installed or whose settings contradict others, samples that are longer than the model's
+            positions, ``model.attention`` that does not train here, or ``data.mask_documents`` with a model
+            that does not keep documents apart.
     """
     name = config.engine.name
     if name == "auto":
@@ -56,6 +58,7 @@ def build_engine(config: RunConfig, source: ModelSource, world: World, sequence_
         raise UserError(f"engine.name single runs on one trainer rank, not {world.size}: set it to fsdp")
     engine_class = _engine_class(name)
     engine_class.check(config, world.size)
+    _require_length(config, source, world, sequence_length, own_attention=name == "megatron")
     engine = engine_class(
         source,
         world,
@@ -74,6 +77,25 @@ def build_engine(config: RunConfig, source: ModelSource, world: World, sequence_
         # a block that was compiled for the trial's short samples would be compiled for any shape next
         torch.compiler.reset()
     return engine
+
+
+def _require_length(
+    config: RunConfig, source: ModelSource, world: World, sequence_length: int, *, own_attention: bool
+) -> None:
+    """Whether the model and ``model.attention`` can take samples of so many tokens."""
+    hf, attention = source.hf_config, config.model.attention
+    require_positions(hf, sequence_length, fresh=source.weights is None)
+    if own_attention:
+        return
+    require_attention(attention, hf, world.device)
+    if world.is_leader:
+        tell_masks(
+            attention,
+            hf,
+            samples=config.train.micro_batch_size,
+            sequence_length=sequence_length,
+            documents=config.data.mask_documents,
+        )
 
 
 def _engine_class(name: str) -> EngineClass:

@@ -20,7 +20,7 @@ WITHOUT_MASK = "sdpa_without_mask"
 """The same function as ``sdpa``; transformers makes no mask for an attention that it knows no mask for."""
 AttentionInterface.register(WITHOUT_MASK, sdpa_attention_forward)
 
-_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "gpt_neox")
+PLAIN_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "gpt_neox")
 """Their attention is causal, over a sliding window at most, and called by its name in the config."""
 
 
@@ -45,7 +45,7 @@ def _is_plain(module: nn.Module, model_type: str) -> bool:
     """Whether it is transformers' own class of an architecture that is known; FSDP2 makes classes of its
     own on top."""
     kind = next(k for k in type(module).__mro__ if not issubclass(k, FSDPModule))
-    return kind.__module__.startswith("transformers.models.") and model_type in _ARCHITECTURES
+    return kind.__module__.startswith("transformers.models.") and model_type in PLAIN_ARCHITECTURES
 
 
 def _reaches(config: PretrainedConfig, length: int) -> bool:

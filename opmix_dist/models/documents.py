@@ -77,5 +77,5 @@ def _difference(
 def _cannot(what: str, reason: str) -> str:
     return (
         f"data.mask_documents: {what} does not keep attention within documents ({' '.join(reason.split())}): "
-        "choose another attention (sdpa, flex_attention) or architecture, or set it to false"
+        "choose another attention (sdpa, varlen, flex_attention) or architecture, or set it to false"
     )

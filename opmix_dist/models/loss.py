@@ -20,6 +20,7 @@ from opmix_dist.data.batch import TokenBatch
 from opmix_dist.models.attention import causal_only
 from opmix_dist.models.chunked_head import NO_TARGET, ChunkedHead
 from opmix_dist.models.heads import HiddenLosses, fused_head
+from opmix_dist.models.varlen import VARLEN, Pieces
 
 
 def losses_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
@@ -42,8 +43,8 @@ def sample_losses(
     Args:
         batch: B samples of T tokens; position ids, where it has them, confine attention to documents.
         head: of the model, where logits that are too large to be whole are to be computed in chunks.
-
         from_logits: :func:`losses_of_logits`, or what was compiled of it.
+
     Returns:
         [B] float32, or float64 of a model in float64 and where kernels sum them.
     """
@@ -76,16 +77,23 @@ def _run(module: nn.Module, batch: TokenBatch) -> Any:
     if positions is None:
         with causal_only(module, tokens.shape[1]):
             return module(input_ids=tokens, use_cache=False)
-    if uses_flash_attention(module):
+    pieces: dict[str, Any] = {}
+    if _attention(module) == VARLEN:
+        pieces = Pieces.of_positions(positions).arguments()
+    elif uses_flash_attention(module):
         # its variable-length kernels, which know documents, are called for a single row only
         tokens, positions = tokens.view(1, -1), positions.view(1, -1)
     # an attention mask, even of ones, or a cache would keep transformers from looking for documents in them
-    return module(input_ids=tokens, position_ids=positions, attention_mask=None, use_cache=False)
+    return module(input_ids=tokens, position_ids=positions, attention_mask=None, use_cache=False, **pieces)
 
 
 def uses_flash_attention(model: nn.Module) -> bool:
     """Whether transformers calls a flash-attention package or a kernel of that name from the hub."""
-    return "flash" in str(getattr(model.config, "_attn_implementation", ""))
+    return "flash" in _attention(model)
+
+
+def _attention(model: nn.Module) -> str:
+    return str(getattr(model.config, "_attn_implementation", ""))
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from opmix_dist.config import ModelConfig
 from opmix_dist.errors import UserError
+from opmix_dist.models.long_context import with_context
 from opmix_dist.seeds import derive_seed
 
 Index = tuple[slice, ...]
@@ -271,9 +272,17 @@ def fresh_source(
 
 
 def checkpoint_source(
-    path: str, *, attention: str = "sdpa", trust_remote_code: bool = False, local_only: bool = False
+    path: str,
+    *,
+    attention: str = "sdpa",
+    trust_remote_code: bool = False,
+    local_only: bool = False,
+    context: dict[str, Any] | None = None,
 ) -> ModelSource:
     """Of a folder or hub id, from safetensors only.
+
+    Args:
+        context: as ``model.context``.
 
     Raises:
         UserError: naming the folder or hub id that could not be loaded.
@@ -286,6 +295,8 @@ def checkpoint_source(
         raise UserError(f"cannot load the model {path}: {' '.join(str(error).split())[:300]}") from None
     if getattr(hf, "quantization_config", None) is not None:
         raise UserError(f"cannot load the model {path}: its weights are quantised; take one that is not")
+    if context is not None:
+        hf = with_context(hf, context)
     weights = CheckpointFiles(path, local_only=local_only)
     return ModelSource(hf, attention=attention, trust_remote_code=trust_remote_code, weights=weights)
 
@@ -306,7 +317,10 @@ def open_source(
     if config.config is not None:
         return fresh_source(config, vocab_size=vocab_size, token_ids=token_ids, seed=seed)
     source = checkpoint_source(
-        str(config.checkpoint), attention=config.attention, trust_remote_code=config.trust_remote_code
+        str(config.checkpoint),
+        attention=config.attention,
+        trust_remote_code=config.trust_remote_code,
+        context=config.context,
     )
     rows = source.hf_config.get_text_config().vocab_size
     if rows < vocab_size:
