@@ -200,9 +200,9 @@ class EngineConfig(Section):
         False, description="matrix products of the blocks in float8 (torchao; GPUs from Ada and Hopper on)"
     )
     logits_memory: Annotated[ByteSize, Field(gt=0)] | None = Field(
-        ByteSize(512 << 20),
+        ByteSize(4 << 30),
         description="most that the float32 logits of a micro-batch may take whole; more are computed in "
-        "chunks of this size, once more in the backward pass; null: always whole",
+        "chunks of an eighth of this, once more in the backward pass; null: always whole",
     )
     peak_tflops: float | None = Field(
         None, gt=0, description="dense TFLOP/s of one device, for MFU; null: by the name of a known GPU"

@@ -56,7 +56,7 @@ class SingleEngine(Engine):
         return Replica(0, 1)
 
     def _chunked_head(self) -> ChunkedHead | None:
-        return chunked_head(self.model, self.config.logits_memory)
+        return chunked_head(self.model, self.config.logits_memory, compiled=self._compiles_loss)
 
     def _place(self, source: ModelSource) -> None:
         """Bring the model, whose parameters are on the meta device, to the trainers' devices."""

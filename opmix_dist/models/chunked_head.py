@@ -9,7 +9,7 @@ products where that is another one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 NO_TARGET = -100
 """What is no token: a row without a target has loss 0 and gradient 0."""
+_CHUNKS = 8
+"""That whole logits of the largest size would make."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,19 @@ class ChunkedHead:
     head: nn.Linear
     vocab_size: int
     max_bytes: int
-    """Most that the float32 logits of a forward pass may take, whole or in a chunk."""
+    """Most that the float32 logits of a forward pass may take whole. Chunks are of an eighth: they cost a
+    product more and time in small operations, which whole logits of a usual size are spared."""
+    compiled: bool = False
+    """By torch.compile: a chunk's logits are read and written fewer times."""
 
     def needed(self, tokens: int) -> bool:
-        """Whether the logits of ``tokens`` tokens are more than that."""
-        return tokens > self.rows
+        """Whether the logits of ``tokens`` tokens are more than may be whole."""
+        return 4 * self.vocab_size * tokens > self.max_bytes
 
     @property
     def rows(self) -> int:
         """Tokens of a chunk."""
-        return max(1, self.max_bytes // (4 * self.vocab_size))
+        return max(1, self.max_bytes // _CHUNKS // (4 * self.vocab_size))
 
     @contextmanager
     def giving_losses(self, targets: Tensor) -> Iterator[None]:
@@ -62,13 +67,15 @@ class ChunkedHead:
         def losses(hidden: Tensor) -> Tensor:
             # flash attention's models see all samples as one
             own = targets.view(hidden.shape[:-1])
-            return token_losses(hidden, self.head.weight, own, rows=self.rows)
+            return token_losses(hidden, self.head.weight, own, rows=self.rows, compiled=self.compiled)
 
         with replaced_forward(self.head, losses):
             yield
 
 
-def chunked_head(model: PreTrainedModel, max_bytes: int | None) -> ChunkedHead | None:
+def chunked_head(
+    model: PreTrainedModel, max_bytes: int | None, *, compiled: bool = False
+) -> ChunkedHead | None:
     """None: logits are always whole, as ``max_bytes`` None asks for, or because this is no class that is
     known to do nothing to its logits.
 
@@ -82,7 +89,7 @@ def chunked_head(model: PreTrainedModel, max_bytes: int | None) -> ChunkedHead |
         return None
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear)
-    return ChunkedHead(head, head.out_features, max_bytes)
+    return ChunkedHead(head, head.out_features, max_bytes, compiled)
 
 
 @cache
@@ -93,7 +100,9 @@ def _tell_whole(architecture: str) -> None:
     )
 
 
-def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, *, rows: int) -> Tensor:
+def token_losses(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, rows: int, compiled: bool = False
+) -> Tensor:
     """Cross-entropy of each token, in nats.
 
     The products are of the dtype that they have in the model's own head: autocast's, or that of ``hidden``.
@@ -105,6 +114,7 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, *, rows: int) 
         weight: [V, d].
         targets: [...] int64 in 0..V-1, or ``NO_TARGET``.
         rows: tokens of a chunk.
+        compiled: as of :class:`ChunkedHead`.
 
     Returns:
         [...], no view: FSDP2 warns of models that return one.
@@ -112,45 +122,44 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, *, rows: int) 
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        return _TokenLosses.apply(hidden, weight, targets, dtype, rows)
+        return _TokenLosses.apply(hidden, weight, targets, dtype, rows, compiled)
 
 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, rows: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        dtype: torch.dtype,
+        rows: int,
+        compiled: bool,
     ) -> Tensor:
-        ctx.dtype, ctx.rows = dtype, rows
+        ctx.dtype, ctx.rows, ctx.compiled = dtype, rows, compiled
         ctx.save_for_backward(hidden, weight, targets)
         result = hidden.new_empty(targets.shape, dtype=_wide(dtype))
         hidden, targets, losses, operand = *_flat(hidden, targets), result.view(-1), weight.to(dtype)
         ctx.normalisers = normalisers = torch.empty_like(losses)
+        of_chunk = _chosen(_chunk_losses, compiled)
         for part in _chunks(len(hidden), rows):
-            logits = _logits(hidden[part], operand)
-            largest = logits.amax(dim=1, keepdim=True)
-            chosen = logits.gather(1, _existing(targets[part])) - largest
-            sums = logits.sub_(largest).exp_().sum(dim=1, keepdim=True).log_()
-            # before the largest comes back: losses may be small beside it
-            losses[part] = (sums - chosen).squeeze(1)
-            normalisers[part] = (sums + largest).squeeze(1)
+            losses[part], normalisers[part] = of_chunk(hidden[part], operand, targets[part])
         losses.masked_fill_(targets == NO_TARGET, 0.0)
         return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         whole, weight, targets = ctx.saved_tensors
         normalisers, operand = ctx.normalisers, weight.to(ctx.dtype)
         hidden, targets = _flat(whole, targets)
-        factors = gradient.reshape(-1, 1).masked_fill(targets.unsqueeze(1) == NO_TARGET, 0.0)
+        factors = gradient.reshape(-1).masked_fill(targets == NO_TARGET, 0.0)
         to_hidden, to_weight, *_ = ctx.needs_input_grad
         hidden_gradient = torch.empty_like(hidden) if to_hidden else None
         weight_gradient = torch.zeros_like(weight, dtype=normalisers.dtype) if to_weight else None
+        of_chunk = _chosen(_chunk_slopes, ctx.compiled)
         for part in _chunks(len(hidden), ctx.rows):
-            logits = _logits(hidden[part], operand)
-            slopes = logits.sub_(normalisers[part].unsqueeze(1)).exp_()
-            slopes.scatter_add_(1, _existing(targets[part]), slopes.new_full((len(slopes), 1), -1.0))
-            slopes = slopes.mul_(factors[part]).to(ctx.dtype)
+            slopes = of_chunk(hidden[part], operand, targets[part], normalisers[part], factors[part])
             if hidden_gradient is not None:
                 hidden_gradient[part] = slopes @ operand
             if weight_gradient is not None:
@@ -159,7 +168,37 @@ class _TokenLosses(torch.autograd.Function):
             hidden_gradient = hidden_gradient.view(whole.shape)
         if weight_gradient is not None:
             weight_gradient = weight_gradient.to(weight.dtype)
-        return hidden_gradient, weight_gradient, None, None, None
+        return hidden_gradient, weight_gradient, None, None, None, None
+
+
+def _chunk_losses(hidden: Tensor, operand: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses and logsumexps [rows]; the losses of rows without a target mean nothing."""
+    logits = _logits(hidden, operand)
+    largest = logits.amax(dim=1, keepdim=True)
+    chosen = logits.gather(1, _existing(targets)) - largest
+    sums = logits.sub_(largest).exp_().sum(dim=1, keepdim=True).log_()
+    # the losses before the largest comes back: they may be small beside it
+    return (sums - chosen).squeeze(1), (sums + largest).squeeze(1)
+
+
+def _chunk_slopes(
+    hidden: Tensor, operand: Tensor, targets: Tensor, normalisers: Tensor, factors: Tensor
+) -> Tensor:
+    """Gradient of the logits, [rows, V] in the dtype of the products: the losses' gradients [rows] times
+    softmax - onehot."""
+    slopes = _logits(hidden, operand).sub_(normalisers.unsqueeze(1)).exp_()
+    chosen = _existing(targets)
+    slopes.scatter_(1, chosen, slopes.gather(1, chosen) - 1.0)
+    return slopes.mul_(factors.unsqueeze(1)).to(operand.dtype)
+
+
+def _chosen(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
+    return _compiled(function) if compiled else function
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
 
 
 def _flat(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

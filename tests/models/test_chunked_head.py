@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ from tests.helpers import tiny_llama, uneven_batch
 from tests.models.tiny import ARCHITECTURES, VOCABULARY, build
 
 LENGTH = 16
-BYTES = 4 * VOCABULARY * 5
-"""Chunks of 5 tokens: the last one is not full."""
+BYTES = 8 * 4 * VOCABULARY * 5
+"""Chunks of 5 tokens: the last one is not full. Of the 64 tokens of a batch here, 40 could be whole."""
 
 
 def head_of(model: PreTrainedModel, max_bytes: int = BYTES) -> ChunkedHead:
@@ -58,7 +59,7 @@ def test_in_float32_as_close_as_sums_in_another_order(tied: bool) -> None:
 def test_in_bfloat16_it_is_no_further_from_the_truth() -> None:
     """Under autocast, as in training. The weight's gradient is summed in float32, however many chunks."""
     model, batch = tiny_llama(), uneven_batch(1, 64, LENGTH)
-    head = head_of(model, 4 * VOCABULARY * 4)
+    head = head_of(model, 8 * 4 * VOCABULARY * 4)
     exact = gradients(model, batch, None)
     with torch.autocast("cpu", torch.bfloat16):
         whole, chunked = gradients(model, batch, None), gradients(model, batch, head)
@@ -66,6 +67,17 @@ def test_in_bfloat16_it_is_no_further_from_the_truth() -> None:
         errors = [(found[name] - truth).norm() / truth.norm() for found in (whole, chunked)]
         assert 0 < errors[0] < 0.05
         assert errors[1] < 1.1 * errors[0] + 1e-5, name
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="it is compiled")
+def test_compiled_it_is_the_same() -> None:
+    """As in training; what is compiled rounds to bfloat16 where it is told to, and nowhere else."""
+    model, batch = tiny_llama(), uneven_batch(1, 4, LENGTH)
+    found = []
+    for compiled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(gradients(model, batch, chunked_head(model, BYTES, compiled=compiled)))
+    torch.testing.assert_close(found[1], found[0], rtol=2e-2, atol=1e-4)
 
 
 def test_losses_worked_out_by_hand() -> None:
@@ -109,6 +121,7 @@ def test_it_is_taken_only_where_logits_are_too_large(monkeypatch: pytest.MonkeyP
     model.register_forward_hook(lambda *call: shapes.append(call[-1].logits.shape))
     for max_bytes in (4 * 64 * 64, 4 * 64 * 64 - 1):
         sample_losses(model, batch, head_of(model, max_bytes))
+    assert head_of(model).rows == 5
     assert shapes == [(4, LENGTH, 64), (4, LENGTH)]
     assert model.lm_head(torch.zeros(1, 32)).shape == (1, 64)
 
