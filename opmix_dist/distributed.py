@@ -179,9 +179,3 @@ def _device(name: str) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-def use_deterministic_kernels() -> None:
-    """Before any GPU work; both roles, so that the search repeats as exactly as the training."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses otherwise
-    torch.use_deterministic_algorithms(True)

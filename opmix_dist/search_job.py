@@ -12,7 +12,8 @@ from opmix_dist.config import RESUME_MAY_CHANGE, SEARCH_MAY_CHANGE, SearchRunCon
 from opmix_dist.data.build import held_out_samples, open_data
 from opmix_dist.data.catalogue import Catalogue
 from opmix_dist.data.mixtures import chosen_mixture
-from opmix_dist.distributed import Placement, Role, World, has_launcher, use_deterministic_kernels
+from opmix_dist.determinism import require_repeatable_search, use_deterministic_kernels
+from opmix_dist.distributed import Placement, Role, World, has_launcher
 from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
 from opmix_dist.exchange.opening import open_run
@@ -58,6 +59,7 @@ def run_search_alone(config: SearchRunConfig, sources: Mapping[str, MixtureSourc
     world = World.join(placement, device=config.engine.device, timeout_s=config.engine.collective_timeout_s)
     try:
         require_kernels(config.search.kernels, world.device)
+        require_repeatable_search(config, world.device)
         with open_run(run, config, world, SEARCH_MAY_CHANGE):
             _answer(run, config, request, world, sources)
     except BaseException:

@@ -22,7 +22,12 @@ from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import World
 from opmix_dist.engines.base import Kind, Replica, StepResult
 from opmix_dist.engines.blocks import prepare_blocks
-from opmix_dist.engines.deepspeed_config import Settings, deepspeed_settings, require_same_batches
+from opmix_dist.engines.deepspeed_config import (
+    Settings,
+    deepspeed_settings,
+    require_repeatable,
+    require_same_batches,
+)
 from opmix_dist.engines.held import HeldBytes, HeldCounter
 from opmix_dist.engines.single import DTYPES, SingleEngine, adamw, materialise, moments, start_moments
 from opmix_dist.errors import UserError
@@ -50,6 +55,8 @@ class DeepSpeedEngine(SingleEngine):
     ) -> None:
         self.settings = deepspeed_settings(config, optimizer)
         self.stage: int = self.settings["zero_optimization"]["stage"]
+        if torch.are_deterministic_algorithms_enabled():  # which stage 3 does if it is told nothing
+            self.settings["zero_optimization"].setdefault("overlap_comm", False)
         _require_supported(source.hf_config, config, self.stage)
         _load_deepspeed(world.device, quiet="log_level" not in self.settings)
         _require_accepted(self.settings)
@@ -62,6 +69,8 @@ class DeepSpeedEngine(SingleEngine):
     @classmethod
     def check(cls, config: RunConfig, ranks: int) -> None:
         require_same_batches(config, ranks)
+        if config.deterministic:
+            require_repeatable(config.engine)
 
     def _find_replica(self) -> Replica:
         return Replica(self.world.rank, self.world.size)
@@ -110,11 +119,13 @@ class DeepSpeedEngine(SingleEngine):
                 zero._optimizer_states_and_gradient_swap_out(i)
 
     def held_bytes(self) -> HeldBytes:
-        """Of stage 3, parameters are the parts, and gradients a buffer that is always there; of stage 2 they
-        are this rank's part of each group; of stage 1 whole. All of them are float32."""
+        """Of stage 3, parameters are the parts, and those that stay gathered (DeepSpeed's threshold), and
+        gradients a buffer that is always there. Of stage 2, gradients are this rank's part of each group; of
+        stage 1 whole. All gradients are float32."""
         zero, counter = self.engine.optimizer, HeldCounter(self.world.device)
         if self.stage == 3:
-            parameters = counter.count(cast(Any, p).ds_tensor for p in self._parameters.values())
+            parts = [cast(Any, parameter).ds_tensor for parameter in self._parameters.values()]
+            parameters = counter.count([*parts, *self._parameters.values()])
             gradients = counter.count([zero.grad_partitions_flat_buffer])
             masters = zero.fp32_partitioned_groups_flat
         else:

@@ -123,6 +123,16 @@ def require_same_batches(config: RunConfig, ranks: int) -> None:
     _require_same(user, _Decided("gradient_accumulation_steps", passes, made))
 
 
+def require_repeatable(engine: EngineConfig) -> None:
+    """
+    Raises:
+        UserError: reductions overlap the backward pass, which has been seen to give other losses in each run
+            (deepspeedai/DeepSpeed, issues 2867 and 5523).
+    """
+    if _get(_user_settings(engine.deepspeed), "zero_optimization.overlap_comm"):
+        raise _error("zero_optimization.overlap_comm does not go with deterministic: set it to false")
+
+
 def _decided(engine: EngineConfig, optimizer: OptimizerConfig) -> Iterator[_Decided]:
     dtype = f"engine.param_dtype is {engine.param_dtype}"
     yield _Decided("bf16.enabled", engine.param_dtype == "bfloat16", dtype)

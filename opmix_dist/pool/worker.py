@@ -27,7 +27,8 @@ def oldest_open_search(run: RunDir) -> SearchDir | None:
 
 def work(run: RunDir, config: RunConfig, rank: int, size: int) -> None:
     """Answer requests until the run has ended (summary.json). All pool ranks run this."""
-    from opmix_dist.distributed import Placement, Role, World, use_deterministic_kernels
+    from opmix_dist.determinism import use_deterministic_kernels
+    from opmix_dist.distributed import Placement, Role, World
     from opmix_dist.pool.run_search import Searcher
 
     if config.deterministic:

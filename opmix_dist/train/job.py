@@ -15,7 +15,12 @@ from opmix_dist.data.build import held_out_samples, open_data, read_options
 from opmix_dist.data.catalogue import Catalogue
 from opmix_dist.data.loader import EvalSet, MixtureLoader
 from opmix_dist.data.mixtures import chosen_mixture
-from opmix_dist.distributed import Placement, Role, World, has_launcher, use_deterministic_kernels
+from opmix_dist.determinism import (
+    require_repeatable_run,
+    require_repeatable_search,
+    use_deterministic_kernels,
+)
+from opmix_dist.distributed import Placement, Role, World, has_launcher
 from opmix_dist.engines.base import Engine
 from opmix_dist.engines.build import build_engine
 from opmix_dist.errors import UserError
@@ -71,6 +76,7 @@ def run_job(config: RunConfig) -> None:
     for step, chosen in config.mixture.schedule.items():
         chosen_mixture(chosen, catalogue, f"mixture.schedule.{step}")
     check_config_against(config, catalogue, placement)
+    require_repeatable_run(config)
     check_tokenizer(config.model, catalogue)
     if config.deterministic:
         use_deterministic_kernels()
@@ -195,6 +201,7 @@ class Job:
             require_adaptable(source.build())
             if not self.config.pool.external:  # that may run on another kind of device
                 require_kernels(self.config.search.kernels, self.world.device)
+                require_repeatable_search(self.config, self.world.device)
         return source
 
     def _search_samples(self) -> EvalSet:

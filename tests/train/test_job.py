@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,6 +22,7 @@ from opmix_dist.data.loader import eval_batches
 from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.exchange.schemas import SearchStage
+from opmix_dist.models.flops import flop_counts
 from opmix_dist.models.loss import losses_by_domain, sample_loss_sums
 from tests.conftest import DOMAINS
 from tests.helpers import ROOT
@@ -29,10 +31,18 @@ from tests.train.jobs import BATCH, LENGTH, SEARCH_STEP, STEPS, Job, complete, c
 pytestmark = pytest.mark.launch
 
 
+PEAK_TFLOPS = 0.05
+
+
+def exact_config(data: Path, run: Path) -> dict[str, Any]:
+    """Two runs of it must be the same to the last bit."""
+    return tiny_config(data, run, deterministic=True, engine={"peak_tflops": PEAK_TFLOPS})
+
+
 @pytest.fixture(scope="module")
 def finished(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """Two trainer ranks and a pool rank, uninterrupted: what other tests compare with."""
-    return complete(tiny_config(tiny_data, tmp_path_factory.mktemp("finished") / "run"), ranks=3)
+    return complete(exact_config(tiny_data, tmp_path_factory.mktemp("finished") / "run"), ranks=3)
 
 
 def test_every_phase_leaves_what_the_next_needs(finished: RunDir) -> None:
@@ -54,6 +64,28 @@ def test_every_phase_leaves_what_the_next_needs(finished: RunDir) -> None:
     assert set(summary.costs) >= {"train", "held-out evaluation", "waiting for the search", "snapshots"}
     assert finished.report_file.stat().st_size > 10_000
     assert finished.complete_checkpoints() == [STEPS - 1, STEPS], "the newest two are kept"
+
+
+def test_the_log_tells_speed_and_memory(finished: RunDir) -> None:
+    lines, summary = finished.train_lines(), finished.summary()
+    per_token = flop_counts(AutoModelForCausalLM.from_pretrained(finished.export).config, LENGTH).train()
+    for line in lines:
+        assert line.seconds > line.data_seconds >= 0
+        assert line.tokens_per_second == pytest.approx(BATCH * LENGTH / line.seconds)
+        assert line.tokens_per_second_per_device == line.tokens_per_second / 2
+        assert line.mfu == pytest.approx(line.tokens_per_second_per_device * per_token / (PEAK_TFLOPS * 1e12))
+        assert line.hfu == line.mfu, "nothing is computed again"
+    assert [line.step for line in lines if line.memory] == list(range(4, STEPS + 1, 4))
+    shard = 4 * summary.parameters / 2  # bytes; the sizes of this model are even
+    for memory in (line.memory for line in lines if line.memory):
+        assert (memory.parameters, memory.gradients, memory.optimizer) == (shard, shard, 2 * shard)
+        assert memory.activations_and_others == memory.peak - 4 * shard
+        assert 100 << 20 < memory.peak < 4 << 30, "torch alone takes a few hundred MB"
+    trained = summary.costs["train"]
+    assert trained.seconds == pytest.approx(sum(line.seconds for line in lines))
+    mean = sum(line.mfu * line.seconds for line in lines) / trained.seconds
+    assert trained.mfu == pytest.approx(mean)
+    assert "its snapshot held training up for" in finished.path.with_suffix(".log").read_text()
 
 
 def test_what_was_read_follows_the_mixture(finished: RunDir) -> None:
@@ -126,7 +158,7 @@ def test_kill_9_and_resume_equal_an_uninterrupted_run(
     finished: RunDir, tiny_data: Path, tmp_path: Path, moment: str, reached
 ) -> None:
     """With a reader process, which outlives a killed trainer for a while."""
-    config = tiny_config(tiny_data, tmp_path / "run")
+    config = exact_config(tiny_data, tmp_path / "run")
     config["data"]["num_workers"] = 1
     job = Job(config, ranks=3)
     job.wait_until(lambda: reached(job), moment)
@@ -332,7 +364,7 @@ def test_resuming_a_finished_run_does_nothing_and_other_settings_are_refused(
     finished: RunDir, tiny_data: Path
 ) -> None:
     before = finished.train_file.read_bytes()
-    config = tiny_config(tiny_data, finished.path)
+    config = exact_config(tiny_data, finished.path)
     assert complete(config, ranks=3).train_file.read_bytes() == before
     job = Job(config, ranks=3, overrides=("--optimizer.lr=1", "--seed=5"))
     assert job.finish() != 0

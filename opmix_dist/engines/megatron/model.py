@@ -99,6 +99,7 @@ def transformer_config(hf: PretrainedConfig, config: EngineConfig, *, on_cpu: bo
         # parameters are filled from the model's source
         perform_initialization=False,
         use_cpu_initialization=on_cpu,
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
