@@ -47,6 +47,10 @@ bench-data: setup ## loaders and ingest beside what others use; some 25 minutes 
 bench-kernels: ## kernels beside their baselines on a CUDA machine, some 10 minutes; uses .venv, or PYTHON if there is none
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_kernels.py --out benchmarks/results
 
+.PHONY: bench-engines
+bench-engines: ## engines beside a loop by hand and HF's Trainer, searches in jobs, on a CUDA machine; what has no number yet, 9 minutes a call
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_engines.py --missing --out benchmarks/results
+
 .PHONY: lock
 lock: ## write the locks again (needs uv); pins stay where they can: delete the locks for the newest
 	uv pip compile --quiet --universal --python-version 3.11 --no-annotate --custom-compile-command "make lock" \
