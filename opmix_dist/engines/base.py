@@ -69,7 +69,10 @@ class Engine(ABC):
 
     shapes: of the parameters, by Hugging Face name; tied ones once, under the name that comes first.
     hf_config: of the model.
+    optimizer_name: whose state it has; one that has another's starts with a checkpoint's parameters only.
     """
+
+    optimizer_name = "AdamW"
 
     world: World
     config: EngineConfig
@@ -88,6 +91,11 @@ class Engine(ABC):
         Raises:
             UserError: settings of the engine contradict others of the run.
         """
+
+    @property
+    @abstractmethod
+    def layout(self) -> str:
+        """Its name in the configuration and how it divides the model, for the log and for checkpoints."""
 
     @property
     def num_parameters(self) -> int:
@@ -231,8 +239,23 @@ class Engine(ABC):
             for name, tensor in part.items():
                 self._set_whole(kind, name, tensor)
 
+    def _require_finite(self, losses: Tensor) -> None:
+        """Collective, so that no rank goes on alone: raise NonFiniteError if any of the replicas' ``losses``
+        [b] on the CPU is not finite."""
+        require_none_bad(float(self.sum((~losses.isfinite()).sum())))
+
     def _after_loading(self) -> None:  # noqa: B027  (most engines keep one copy)
         """All of :meth:`_set_whole` is done: copies in other dtypes may be made."""
+
+
+def require_none_bad(num_samples: float) -> None:
+    """Of the global batch, without a finite loss.
+
+    Raises:
+        NonFiniteError: there are some.
+    """
+    if num_samples > 0:
+        raise NonFiniteError(f"{num_samples:.0f} training samples of the global batch have a NaN or inf loss")
 
 
 def owners(shapes: Mapping[str, torch.Size], ranks: int) -> dict[str, int]:
@@ -245,23 +268,8 @@ def owners(shapes: Mapping[str, torch.Size], ranks: int) -> dict[str, int]:
     return found
 
 
-    def _require_finite(self, losses: Tensor) -> None:
-        """Collective, so that no rank goes on alone: raise NonFiniteError if any of the replicas' ``losses``
-        [b] on the CPU is not finite."""
-        require_none_bad(float(self.sum((~losses.isfinite()).sum())))
-
 _PART_NUMBERS = 1 << 28
 """Numbers of a checkpoint that are read at a time: 1 GiB of float32."""
-
-
-def require_none_bad(num_samples: float) -> None:
-    """Of the global batch, without a finite loss.
-
-    Raises:
-        NonFiniteError: there are some.
-    """
-    if num_samples > 0:
-        raise NonFiniteError(f"{num_samples:.0f} training samples of the global batch have a NaN or inf loss")
 
 
 def _parts(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:

@@ -56,10 +56,10 @@ def build_engine(config: RunConfig, source: ModelSource, world: World, sequence_
         name = "fsdp" if world.size > 1 or wanted else "single"
     if name == "single" and world.size > 1:
         raise UserError(f"engine.name single runs on one trainer rank, not {world.size}: set it to fsdp")
-    engine_class = _engine_class(name)
-    engine_class.check(config, world.size)
+    chosen = engine_class(name)
+    chosen.check(config, world.size)
     _require_length(config, source, world, sequence_length, own_attention=name == "megatron")
-    engine = engine_class(
+    engine = chosen(
         source,
         world,
         config=config.engine,
@@ -98,7 +98,12 @@ def _require_length(
         )
 
 
-def _engine_class(name: str) -> EngineClass:
+def engine_class(name: str) -> EngineClass:
+    """By its name in the configuration, not ``auto``.
+
+    Raises:
+        UserError: its package is not installed.
+    """
     module, attribute = ENGINES[name]
     try:
         return cast(EngineClass, getattr(importlib.import_module(module), attribute))

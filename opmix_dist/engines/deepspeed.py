@@ -28,6 +28,7 @@ from opmix_dist.engines.deepspeed_config import (
     require_repeatable,
     require_same_batches,
 )
+from opmix_dist.engines.deepspeed_files import require_nvme, save_native
 from opmix_dist.engines.held import HeldBytes, HeldCounter
 from opmix_dist.engines.single import DTYPES, SingleEngine, adamw, materialise, moments, start_moments
 from opmix_dist.errors import UserError
@@ -60,6 +61,7 @@ class DeepSpeedEngine(SingleEngine):
         _require_supported(source.hf_config, config, self.stage)
         _load_deepspeed(world.device, quiet="log_level" not in self.settings)
         _require_accepted(self.settings)
+        require_nvme(self.settings)
         super().__init__(source, world, config=config, optimizer=optimizer, sequence_length=sequence_length)
         # only now, since DeepSpeed would make float32 masters of bfloat16 parameters
         for name in self.shapes:
@@ -71,6 +73,10 @@ class DeepSpeedEngine(SingleEngine):
         require_same_batches(config, ranks)
         if config.deterministic:
             require_repeatable(config.engine)
+
+    @property
+    def layout(self) -> str:
+        return f"deepspeed (stage {self.stage})"
 
     def _find_replica(self) -> Replica:
         return Replica(self.world.rank, self.world.size)
@@ -224,7 +230,7 @@ class DeepSpeedEngine(SingleEngine):
 
     def save_beside(self, folder: Path) -> None:
         if self.config.deepspeed.native_checkpoints:
-            self.engine.save_checkpoint(str(folder / "deepspeed"), tag=f"step_{self.optimizer_steps}")
+            save_native(self.engine, folder / "deepspeed", f"step_{self.optimizer_steps}", self.world)
 
 
 class _Forward:

@@ -39,6 +39,11 @@ class FSDPEngine(SingleEngine):
     the same samples; everything else is a replica of its own for the data.
     """
 
+    @property
+    def layout(self) -> str:
+        settings = self.config.fsdp
+        return f"fsdp (replicas {settings.replicas}, tensor_parallel {settings.tensor_parallel})"
+
     def _find_replica(self) -> Replica:
         settings, ranks = self.config.fsdp, self.world.size
         neighbours = settings.tensor_parallel

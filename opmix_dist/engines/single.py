@@ -52,6 +52,10 @@ class SingleEngine(Engine):
         self._place(source)
         self.optimizer = self._start_optimizer(optimizer)
 
+    @property
+    def layout(self) -> str:
+        return "single"
+
     def _find_replica(self) -> Replica:
         return Replica(0, 1)
 

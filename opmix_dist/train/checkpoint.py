@@ -13,6 +13,7 @@ import io
 import logging
 import pickle
 import threading
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 from opmix_dist.config import CheckpointConfig
 from opmix_dist.distributed import World
-from opmix_dist.engines.base import Engine
+from opmix_dist.engines.base import KINDS, Engine, Kind
 from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import RunDir, read_record, write_record
@@ -114,25 +115,74 @@ class Checkpointer:
         return None if step < 0 else step
 
     def load(self, engine: Engine, step: int) -> TrainerState:
-        """Collective. Restore the engine, whatever engine wrote it, on any number of trainer ranks.
+        """Collective. Restore the engine, whatever engine wrote it, on any number of trainer ranks: with the
+        optimizer's state where it is that of the same optimizer, parameters only otherwise. The log says
+        which.
 
         Raises:
-            UserError: the checkpoint is unfinished or its files are not what a checkpoint may hold.
+            UserError: the checkpoint is unfinished, lacks what the model has, or its files are not what a
+                checkpoint may hold.
         """
         folder = self.run.checkpoint(step)
         files.require_complete(folder, "checkpoint")
+        state = read_record(folder / STATE_FILE, TrainerState)
+        same = state.optimizer == engine.optimizer_name
+        failure = None
+        if self.world.is_leader:
+            failure = _lacking(folder, engine.shapes, KINDS if same else KINDS[:1])
+        if text := self.world.share_text(failure):
+            raise UserError(text)
 
         def read(part: dict[str, Any]) -> None:
             dcp.load(part, storage_reader=SafeReader(folder), planner=SafePlanner(), process_group=self.group)
 
         try:
-            engine.load_state(read)
+            engine.load_state(read, optimizer=same)
         except dcp.api.CheckpointException as error:
             first = next(iter(error.failures.values()))[0]
             raise UserError(
                 f"cannot load the checkpoint {folder} ({first}): delete it to resume from the one before"
             ) from None
-        return read_record(folder / STATE_FILE, TrainerState)
+        if self.world.is_leader:
+            log.info("%s", _told(state, engine))
+        return state
+
+
+def _told(state: TrainerState, engine: Engine) -> str:
+    """Who continues whose checkpoint, and with what."""
+    ours = engine.optimizer_name
+    taken = f"parameters and {ours}'s state"
+    if state.optimizer != ours:
+        taken = f"parameters only, since it holds the state of {state.optimizer}: {ours} starts anew"
+    return (
+        f"checkpoint of step {state.step}, written by {state.engine or 'an engine that it does not name'} on "
+        f"{state.world_size} rank(s), continued by {engine.layout} on {engine.world.size}: {taken}"
+    )
+
+
+def _lacking(folder: Path, shapes: Mapping[str, torch.Size], kinds: Sequence[Kind]) -> str:
+    """What a checkpoint lacks of ``kinds`` of all parameters, for the user, or ""."""
+    try:
+        found = SafeReader(folder).read_metadata().state_dict_metadata
+    except (UserError, OSError, EOFError, pickle.UnpicklingError) as error:
+        return f"cannot load the checkpoint {folder} ({error}): delete it to resume from the one before"
+    for kind in kinds:
+        if not any(key.startswith(f"{kind}.") for key in found):
+            return (
+                f"the checkpoint {folder} has no `{kind}`: it is of another version's format. Resume with "
+                "that version, or begin another run with model.checkpoint set to a snapshot or an export of "
+                "this one"
+            )
+        for name, shape in shapes.items():
+            entry = found.get(f"{kind}.{name}")
+            size = entry.size if isinstance(entry, TensorStorageMetadata) else None
+            if size != shape:
+                what = "missing" if size is None else f"of shape {tuple(size)}"
+                return (
+                    f"the checkpoint {folder} is of another model: {kind} {name} is {what}, not of shape "
+                    f"{tuple(shape)}"
+                )
+    return ""
 
 
 _DCP_METADATA = "torch.distributed.checkpoint.metadata"

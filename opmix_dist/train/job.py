@@ -230,6 +230,8 @@ class Job:
             return TrainerState(
                 weights=self.weights,
                 domain_tokens=dict.fromkeys(self.catalogue.names, 0),
+                engine=engine.layout,
+                optimizer=engine.optimizer_name,
                 world_size=self.world.size,
                 global_batch_size=self.config.train.global_batch_size,
                 content=self._content(),
@@ -250,11 +252,9 @@ class Job:
         loader.load_state_dict(state.loader)
         loader.set_weights(state.weights)
         batch_size = self.config.train.global_batch_size
-        if self.world.is_leader:
-            if state.world_size != self.world.size:
-                log.info("checkpoint of %d trainer ranks continues on %d", state.world_size, self.world.size)
-            if state.global_batch_size != batch_size:
-                log.info("from step %d on, a step is %d samples", state.step, batch_size)
+        if self.world.is_leader and state.global_batch_size != batch_size:
+            log.info("from step %d on, a step is %d samples", state.step, batch_size)
+        state.engine, state.optimizer = engine.layout, engine.optimizer_name
         state.world_size, state.global_batch_size = self.world.size, batch_size
         return state
 

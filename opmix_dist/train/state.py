@@ -19,6 +19,10 @@ class TrainerState(Record):
     costs: dict[str, PhaseCost] = Field(default_factory=dict)
     content: dict[str, str]
     """content_sha256 of each domain."""
+    engine: str = ""
+    """:attr:`~opmix_dist.engines.base.Engine.layout` of the one that trained."""
+    optimizer: str = "AdamW"
+    """Whose state the checkpoint holds."""
     world_size: int = Field(ge=1)
     global_batch_size: int = Field(ge=1)
 

@@ -126,7 +126,7 @@ def curve(world: World, model: str, config: dict[str, Any], steps: int) -> dict[
 
 def exact(world: World, out: Path, name: str) -> dict[str, Any]:
     engine = build(world, fresh("llama"), WRITERS[name])
-    checkpointer = saved(world, engine, out / "runs" / name)
+    checkpointer, _ = saved(world, engine, out / "runs" / name)
     before = whole(engine)
     shared = engine.share()
     rest = train(engine, SAVED, 2 * SAVED)

@@ -169,7 +169,7 @@ def write(world: World, out: Path) -> dict[str, Any]:
     found = {}
     for name, config in WRITERS[world.size].items():
         engine = build(world, "llama", config)
-        checkpointer = saved(world, engine, out / "runs" / name)
+        checkpointer, _ = saved(world, engine, out / "runs" / name)
         found[name] = train(engine, SAVED, 2 * SAVED)
         checkpointer.wait()
     return found

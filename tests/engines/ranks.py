@@ -146,7 +146,7 @@ def exact(world: World, out: Path) -> dict[str, Any]:
     found = {}
     for mode in ("asynchronous", "synchronous"):
         engine = build(world, fresh("llama"), next(iter(WRITERS[world.size].values())))
-        checkpointer = saved(world, engine, out / f"{mode}_{world.size}", mode == "asynchronous")
+        checkpointer, _ = saved(world, engine, out / f"{mode}_{world.size}", mode == "asynchronous")
         rest = train(engine, SAVED, 2 * SAVED)
         checkpointer.wait()
         again = resumed(world, out / f"{mode}_{world.size}", next(iter(WRITERS[world.size].values())))
@@ -154,10 +154,13 @@ def exact(world: World, out: Path) -> dict[str, Any]:
     return found
 
 
-def saved(world: World, engine: Engine, run: Path, asynchronous: bool = True) -> Checkpointer:
-    """Begin to save after four steps; an evaluation before it leaves its marks on sharded models."""
+def saved(
+    world: World, engine: Engine, run: Path, asynchronous: bool = True
+) -> tuple[Checkpointer, list[list[float]]]:
+    """Begin to save after four steps, whose curve is returned; an evaluation before it leaves its marks on
+    sharded models."""
     checkpointer = Checkpointer(RunDir(run), CheckpointConfig(asynchronous=asynchronous), world)
-    train(engine, 0, SAVED)
+    steps = train(engine, 0, SAVED)
     engine.evaluate(heldout(), batch_size=2)
     state = TrainerState(
         step=SAVED, weights={"a": 1.0}, domain_tokens={"a": 0}, content={}, world_size=world.size,
@@ -165,7 +168,7 @@ def saved(world: World, engine: Engine, run: Path, asynchronous: bool = True) ->
     )  # fmt: skip
     checkpointer.save(engine, state)
     state.step = 2 * SAVED  # the trainer's own, which moves on before a save in the background has ended
-    return checkpointer
+    return checkpointer, steps
 
 
 def resumed(world: World, run: Path, config: dict[str, Any]) -> list[list[float]]:
@@ -180,7 +183,7 @@ def resumed(world: World, run: Path, config: dict[str, Any]) -> list[list[float]
 
 def write(world: World, out: Path) -> None:
     for name, config in WRITERS[world.size].items():
-        saved(world, build(world, fresh("llama"), config), out / "runs" / name).wait()
+        saved(world, build(world, fresh("llama"), config), out / "runs" / name)[0].wait()
 
 
 def continue_all(world: World, out: Path) -> None:

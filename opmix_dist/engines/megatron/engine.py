@@ -109,6 +109,14 @@ class MegatronEngine(Engine):
         kind = self.config.activation_checkpointing
         return {"none": 0.0, "selective": self.flops.attention, "full": self.flops.blocks}[kind]
 
+    @property
+    def layout(self) -> str:
+        settings = self.config.megatron
+        return (
+            f"megatron (tensor_parallel {settings.tensor_parallel}, pipeline_parallel "
+            f"{settings.pipeline_parallel})"
+        )
+
     def _megatron(self) -> AbstractContextManager[None]:
         """Around every call into Megatron's code."""
         return cpu_in_place_of_cuda() if self.world.device.type == "cpu" else nullcontext()
