@@ -13,7 +13,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from opmix_dist.models.build import transformer_blocks
-from opmix_dist.models.sharding import plain_class
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ FAMILIES = {
 def family_of(model: PreTrainedModel) -> Family | None:
     """What the table says of exactly this class of transformers; None for all others, also for subclasses
     and for classes of that name from elsewhere."""
-    kind = plain_class(model)
+    kind = type(model)
     family = FAMILIES.get(kind.__name__)
     known = family is not None and kind.__module__.startswith("transformers.models.")
     return family if known and _has_plain_head(model) else None
