@@ -66,10 +66,13 @@ def use_float8(blocks: Sequence[nn.Module], device: torch.device) -> None:
         raise UserError("engine.float8 needs a GPU of compute capability 8.9 or more: set it to false")
     if importlib.util.find_spec("torchao") is None:
         raise UserError("engine.float8 needs the package torchao: install it or set engine.float8 to false")
-    from torchao.float8 import convert_to_float8_training
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
+    # tokens are an inner dimension too, in the weight's gradient, and any number of them may come
+    config = Float8LinearConfig(pad_inner_dim=True)
     for block in blocks:
         convert_to_float8_training(
             block,
+            config=config,
             module_filter_fn=lambda module, _: module.in_features % 16 == 0 and module.out_features % 16 == 0,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +13,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from opmix_dist.data.batch import TokenBatch
-from opmix_dist.models.chunked_head import NO_TARGET, ChunkedHead, chunked_head, token_losses
+from opmix_dist.models.chunked_head import (
+    NO_TARGET,
+    ChunkedHead,
+    _compiled,
+    chunked_head,
+    token_losses,
+)
 from opmix_dist.models.loss import sample_losses
 from tests.helpers import tiny_llama, uneven_batch
 from tests.models.tiny import ARCHITECTURES, VOCABULARY, build
@@ -69,15 +75,18 @@ def test_in_bfloat16_it_is_no_further_from_the_truth() -> None:
         assert errors[1] < 1.1 * errors[0] + 1e-5, name
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="it is compiled")
-def test_compiled_it_is_the_same() -> None:
-    """As in training; what is compiled rounds to bfloat16 where it is told to, and nowhere else."""
+def test_compiled_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast, as in training; traced without a graph break, and run as traced."""
     model, batch = tiny_llama(), uneven_batch(1, 4, LENGTH)
+    traced = partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", traced)
     found = []
     for compiled in (False, True):
         with torch.autocast("cpu", torch.bfloat16):
             found.append(gradients(model, batch, chunked_head(model, BYTES, compiled=compiled)))
-    torch.testing.assert_close(found[1], found[0], rtol=2e-2, atol=1e-4)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+    assert _compiled.cache_info().currsize == 2, "one for each pass"
+    _compiled.cache_clear()
 
 
 def test_losses_worked_out_by_hand() -> None:
