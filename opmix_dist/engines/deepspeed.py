@@ -31,6 +31,7 @@ from opmix_dist.engines.deepspeed_config import (
 from opmix_dist.engines.deepspeed_files import require_nvme, save_native
 from opmix_dist.engines.held import HeldBytes, HeldCounter
 from opmix_dist.engines.single import DTYPES, SingleEngine, adamw, materialise, moments, start_moments
+from opmix_dist.engines.transfer import send
 from opmix_dist.errors import UserError
 from opmix_dist.models.build import transformer_blocks
 from opmix_dist.models.loss import sample_losses
@@ -160,7 +161,7 @@ class DeepSpeedEngine(SingleEngine):
     def _train_step(
         self, microbatches: Sequence[TokenBatch], targets: Tensor, total: int, lr: float
     ) -> StepResult:
-        on_device = [batch.to(self.world.device) for batch in microbatches]
+        on_device = send(microbatches, self.world.device)
         losses = []
         for i, batch in enumerate(on_device):
             with self._accumulating(i == len(on_device) - 1):

@@ -34,8 +34,12 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
-def append_jsonl(path: Path, value: Any) -> None:
-    """Append one line and fsync it; a torn line that a killed writer left goes first."""
+def append_jsonl(path: Path, value: Any, *, sync: bool = True) -> None:
+    """Append one line and fsync it; a torn line that a killed writer left goes first.
+
+    Args:
+        sync: false: a killed writer leaves the line, a machine that stops may lose it (:func:`sync_file`).
+    """
     line = json.dumps(value, allow_nan=False).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
@@ -46,7 +50,15 @@ def append_jsonl(path: Path, value: Any) -> None:
                 file.truncate(file.read().rfind(b"\n") + 1)
         file.write(line)
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
+
+
+def sync_file(path: Path) -> None:
+    """Fsync what was appended to a file, if it exists."""
+    if path.exists():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def read_jsonl(path: Path) -> list[Any]:

@@ -45,7 +45,8 @@ class Callback:
 
 
 class JsonlLogger(Callback):
-    """metrics/train.jsonl and metrics/eval.jsonl, on the leader."""
+    """metrics/train.jsonl and metrics/eval.jsonl, on the leader. To fsync every step's line would hold all
+    ranks up by milliseconds: it is done before a checkpoint, behind which a resume drops what there is."""
 
     def on_start(self, trainer: Trainer) -> None:
         """Drop lines of steps that a resumed run is about to do again."""
@@ -56,7 +57,7 @@ class JsonlLogger(Callback):
 
     def on_step(self, trainer: Trainer, line: TrainLine) -> None:
         if trainer.world.is_leader:
-            files.append_jsonl(trainer.run.train_file, line.model_dump())
+            files.append_jsonl(trainer.run.train_file, line.model_dump(), sync=False)
 
     def on_evaluation(self, trainer: Trainer, line: EvalLine) -> None:
         files.append_jsonl(trainer.run.eval_file, line.model_dump())

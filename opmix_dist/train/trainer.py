@@ -179,7 +179,9 @@ class Trainer:
         )
 
     def save_checkpoint(self, checkpointer: Checkpointer) -> None:
-        """Collective."""
+        """Collective. What the steps have logged is on disk before it counts."""
+        if self.world.is_leader:
+            files.sync_file(self.run.train_file)
         self.state.loader = self.loader.state_dict()
         self.state.costs = self.ledger.costs
         with self.ledger.timed("checkpoints"):

@@ -40,6 +40,7 @@ from opmix_dist.engines.megatron.support import (
     uses_transformer_engine,
 )
 from opmix_dist.engines.megatron.weights import Index, Layout, Place, find_places, named_parameters
+from opmix_dist.engines.transfer import send
 from opmix_dist.errors import UserError
 from opmix_dist.models.flops import count_flops
 from opmix_dist.models.source import ModelSource
@@ -176,7 +177,7 @@ class MegatronEngine(Engine):
         sizes = {len(part) for part in parts}
         if len(sizes) > 1:
             raise ValueError(f"micro-batches of one step must have one size, not {sorted(sizes)}")
-        on_device = [part.to(self.world.device) for part in parts]
+        on_device = send(parts, self.world.device)
         found = get_forward_backward_func()(
             forward_step_func=self._forward,
             data_iterator=iter(on_device),
