@@ -39,7 +39,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import torch  # noqa: E402
 
 from benchmarks.engines.cases import Case, EngineCase, cases, dry_cases  # noqa: E402
-from benchmarks.engines.results import Report, Row  # noqa: E402
+from benchmarks.engines.results import Report, Row, WrongError  # noqa: E402
 from benchmarks.kernels.table import DRY, FAILED, MEASURED, SKIPPED, WRONG  # noqa: E402
 
 TOO_LARGE = "out of memory"
@@ -144,8 +144,6 @@ def _child(chosen: Sequence[Case], arguments: argparse.Namespace) -> int:
 
 def measured(case: Case, micro: int, *, dry: bool) -> dict[str, Any]:
     """Measure a case in this process: status, note, and timings or overhead as plain values."""
-    from benchmarks.engines import jobs, turns  # what they import takes seconds
-
     found: dict[str, Any] = {
         "status": DRY if dry else MEASURED,
         "note": "",
@@ -154,12 +152,15 @@ def measured(case: Case, micro: int, *, dry: bool) -> dict[str, Any]:
     }
     try:
         if isinstance(case, EngineCase):
+            from benchmarks.engines import turns
+
             found["timings"] = dataclasses.asdict(turns.measure(case, micro, dry=dry))
         else:
-            found["overhead"] = dataclasses.asdict(
-                jobs.measure(dataclasses.replace(case, micro=micro), dry=dry)
-            )
-    except turns.WrongError as error:
+            from benchmarks.engines import jobs  # needs more packages than engines do
+
+            taken = jobs.measure(dataclasses.replace(case, micro=micro), dry=dry)
+            found["overhead"] = dataclasses.asdict(taken)
+    except WrongError as error:
         found |= {"status": WRONG, "note": _line(str(error))}
     except torch.OutOfMemoryError:
         found |= {"status": TOO_LARGE}

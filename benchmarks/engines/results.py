@@ -16,6 +16,10 @@ from benchmarks.machine import table
 NAME = "gpu_engines"
 
 
+class WrongError(Exception):
+    """A loop did not train the same model on the same data."""
+
+
 @dataclass(frozen=True)
 class Spread:
     """Of rounds."""

@@ -13,16 +13,12 @@ import torch
 
 from benchmarks.engines.cases import EngineCase
 from benchmarks.engines.loops import ByHand, Task, TrainingLoop, built, llama_config
-from benchmarks.engines.results import Spread, Timings
+from benchmarks.engines.results import Spread, Timings, WrongError
 from opmix_dist.models.devices import peak_flops
 from opmix_dist.models.flops import flop_counts
 
 TOLERANCE = 0.15
 """Of what the first steps lower the loss by: a loop that computes something else is not timed."""
-
-
-class WrongError(Exception):
-    """The loop did not train the same model on the same data."""
 
 
 def measure(case: EngineCase, micro: int, *, dry: bool) -> Timings:
