@@ -14,7 +14,7 @@ from opmix_dist.config import DataConfig, ModelConfig
 from opmix_dist.data.build import held_out_samples, open_data
 from opmix_dist.data.catalogue import Catalogue
 from opmix_dist.data.loader import MixtureLoader
-from opmix_dist.models.build import build_model, load_snapshot
+from opmix_dist.models.build import build_model, snapshot_source
 from opmix_dist.models.flops import num_parameters
 from opmix_dist.models.lora import JointAdapters
 from opmix_dist.models.loss import sample_losses
@@ -135,7 +135,7 @@ def _snapshot(catalogue: Catalogue, folder: Path) -> PreTrainedModel:
             optimizer.step()
             optimizer.zero_grad()
         model.save_pretrained(folder)
-    return load_snapshot(folder, attention="sdpa", trust_remote_code=False)
+    return snapshot_source(folder, attention="sdpa", trust_remote_code=False).whole()
 
 
 def _probes(

@@ -286,7 +286,16 @@ class MixtureConfig(Section):
         return self
 
 
-class PoolConfig(Section):
+class TeamConfig(Section):
+    ranks_per_model: int = Field(
+        1,
+        ge=1,
+        description="ranks that a model is sharded over in a search, where one rank cannot hold it; divides "
+        "the ranks that search",
+    )
+
+
+class PoolConfig(TeamConfig):
     ranks: int = Field(0, ge=0, description="last ranks of the launch that search; 0: on the trainer ranks")
     external: bool = Field(False, description="the pool is a launch of its own: `opmix pool --run DIR`")
     max_restarts: int = Field(3, ge=0, description="times that a dead pool worker is started again")
@@ -300,6 +309,14 @@ class PoolConfig(Section):
     def _one_place(self) -> PoolConfig:
         if self.external and self.ranks:
             raise ValueError("pool.external is a launch of its own: set pool.ranks to 0 in this one")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_teams(self) -> PoolConfig:
+        if self.ranks % self.ranks_per_model:
+            raise ValueError(
+                f"pool.ranks {self.ranks} must be a multiple of pool.ranks_per_model {self.ranks_per_model}"
+            )
         return self
 
 
@@ -321,6 +338,16 @@ class SharedConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     mixture: MixtureConfig = MixtureConfig()
     search: SearchConfig = SearchConfig()
+    pool: TeamConfig = TeamConfig()
+
+    @model_validator(mode="after")
+    def _kernels_read_whole_weights(self) -> SharedConfig:
+        if self.search.kernels == "triton" and self.pool.ranks_per_model > 1:
+            raise ValueError(
+                f"search.kernels triton reads whole weights, and pool.ranks_per_model "
+                f"{self.pool.ranks_per_model} shards them: set it to auto or torch"
+            )
+        return self
 
     @model_validator(mode="after")
     def _flash_attention_dtype(self) -> SharedConfig:
@@ -455,4 +482,8 @@ def load_search_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple
     of_training = set(RunConfig.model_fields) - set(SearchRunConfig.model_fields)
     unused = [name for name in data if name in of_training]
     used = {name: value for name, value in data.items() if name not in of_training}
+    if isinstance(pool := used.get("pool"), dict):
+        of_pool = set(PoolConfig.model_fields) - set(TeamConfig.model_fields)
+        unused += [f"pool.{name}" for name in pool if name in of_pool]
+        used["pool"] = {name: value for name, value in pool.items() if name not in of_pool}
     return check_settings(SearchRunConfig, used), unused

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from opmix_dist.errors import UserError
 from opmix_dist.settings import Section
@@ -23,6 +23,11 @@ Confidence = Annotated[float, Field(gt=0.5, lt=1)]
 class ProbeConfig(Section):
     steps: int = Field(5000, ge=1, description="optimiser steps of each probe (paper: 5,000 in pretraining)")
     batch_size: int = Field(32, ge=1, description="samples per probe and step")
+    micro_batch_size: Count | None = Field(
+        None,
+        description="samples per probe in a pass, of which a step makes several; passes are dealt out to the "
+        "ranks that train a probe together; null: all of batch_size",
+    )
     rank: int = Field(16, ge=1, description="LoRA rank")
     alpha: int = Field(32, gt=0, description="LoRA alpha; the delta is alpha / rank * B A")
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout on each adapter's input")
@@ -30,7 +35,28 @@ class ProbeConfig(Section):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay on A and B")
     max_grad_norm: float = Field(1.0, gt=0, description="each adapter's own gradient norm to clip to")
     domain_share: float = Field(0.9, gt=0, le=1, description="share of its domain in a domain's probe")
-    max_joint: int = Field(64, ge=1, description="adapters trained in one pass; more take several passes")
+    max_joint: int = Field(
+        4, ge=1, description="probes that are trained jointly, at most; groups of them are dealt out to ranks"
+    )
+
+    @model_validator(mode="after")
+    def _whole_passes(self) -> ProbeConfig:
+        if self.batch_size % self.samples_per_pass:
+            raise ValueError(
+                f"search.probes.batch_size {self.batch_size} must be a multiple of "
+                f"search.probes.micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+    @property
+    def samples_per_pass(self) -> int:
+        """Of each probe."""
+        return self.micro_batch_size or self.batch_size
+
+    @property
+    def passes(self) -> int:
+        """That a step makes."""
+        return self.batch_size // self.samples_per_pass
 
 
 class CandidateConfig(Section):

@@ -25,6 +25,7 @@ from opmix_dist.models.build import check_tokenizer
 from opmix_dist.pool.plan import require_kernels
 from opmix_dist.pool.requests import check_components, search_request
 from opmix_dist.pool.run_search import Searcher
+from opmix_dist.pool.team import require_whole_teams
 from opmix_dist.process import die_with_parent
 from opmix_dist.report.html import write_report
 from opmix_dist.report.tables import law_table, proposal_tables
@@ -50,6 +51,7 @@ def run_search_alone(config: SearchRunConfig, sources: Mapping[str, MixtureSourc
         die_with_parent()
     placement = dataclasses.replace(Placement.from_environment(0), role=Role.POOL)
     set_up_logging(f"search {placement.rank}")
+    require_whole_teams(config.pool.ranks_per_model, placement.size)
     catalogue = open_data(config.data)
     request = _request(config, catalogue)
     _check(config, catalogue, sources)

@@ -136,7 +136,7 @@ def test_the_shipped_search_loads_and_prints() -> None:
 def test_a_search_takes_the_configuration_of_a_training_run() -> None:
     overrides = ["--model", "{checkpoint: runs/base/export/hf}", "--tokens_to_train=1000000"]
     config, unused = load_search_config(DEMO, overrides)
-    assert unused == ["schedule", "train", "checkpoint", "pool"]
+    assert unused == ["schedule", "train", "checkpoint", "pool.ranks", "pool.threads"]
     run = load_config(DEMO)
     assert (config.search, config.data, config.optimizer) == (run.search, run.data, run.optimizer)
     assert config.tokens_to_train == 1_000_000

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from opmix_dist.config import ModelConfig
 from opmix_dist.data.catalogue import Catalogue, tokenizer_fingerprint
 from opmix_dist.errors import UserError
-from opmix_dist.models.source import checkpoint_source, open_source
+from opmix_dist.models.sharding import plain_class
+from opmix_dist.models.source import ModelSource, checkpoint_source, open_source
 
 
 def build_model(
@@ -37,11 +38,11 @@ def check_tokenizer(config: ModelConfig, catalogue: Catalogue) -> None:
         )
 
 
-def load_snapshot(folder: Path, *, attention: str, trust_remote_code: bool) -> PreTrainedModel:
-    """A whole model in float32 on the CPU, from a folder on this machine."""
+def snapshot_source(folder: Path, *, attention: str, trust_remote_code: bool) -> ModelSource:
+    """Of a folder on this machine."""
     return checkpoint_source(
         str(folder), attention=attention, trust_remote_code=trust_remote_code, local_only=True
-    ).whole()
+    )
 
 
 def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
@@ -50,7 +51,7 @@ def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
     Hugging Face names their classes in ``_no_split_modules``.
     """
     names = set(model._no_split_modules or ())
-    blocks = [m for m in model.modules() if type(m).__name__ in names]
+    blocks = [m for m in model.modules() if plain_class(m).__name__ in names]
     if not blocks:
-        raise UserError(f"{type(model).__name__} does not name its blocks (_no_split_modules)")
+        raise UserError(f"{plain_class(model).__name__} does not name its blocks (_no_split_modules)")
     return blocks

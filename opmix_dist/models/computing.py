@@ -16,7 +16,8 @@ from opmix_dist.models.families import Family, cast_points, family_of, shared_re
 from opmix_dist.models.heads import float32_logits, fusing_head, replaced_forward
 from opmix_dist.models.joint_linear import JointLoRALinear
 from opmix_dist.models.kernel_products import KernelProducts
-from opmix_dist.models.products import CastProducts, Products, Readers
+from opmix_dist.models.products import CastProducts, Products, Readers, ShardedProducts
+from opmix_dist.models.sharding import is_sharded
 
 if TYPE_CHECKING:
     from opmix_dist.models.lora import JointAdapters
@@ -44,11 +45,13 @@ def _in_plain_torch(adapters: JointAdapters, dtype: torch.dtype, stack: ExitStac
     family = family_of(adapters.model)
     _keep_one_dtype(adapters, family, dtype, stack)
     _widen_logits(adapters, dtype, stack)
-    return CastProducts(adapters.state, dtype, [r for r, _ in _readers(adapters, family)])
+    kind = ShardedProducts if is_sharded(adapters.model) else CastProducts
+    return kind(adapters.state, dtype, [r for r, _ in _readers(adapters, family)])
 
 
 def _with_kernels(adapters: JointAdapters, dtype: torch.dtype, stack: ExitStack) -> Products:
     model, family = adapters.model, family_of(adapters.model)
+    assert not is_sharded(model), "kernels read whole weights"
     ops = load_kernels(next(model.parameters()).device)
     if family is None:
         tell_unknown(type(model).__name__)
@@ -121,4 +124,6 @@ def _cast_result(dtype: torch.dtype, module: nn.Module, inputs: Any, result: Any
 def _widen_logits(adapters: JointAdapters, dtype: torch.dtype, stack: ExitStack) -> None:
     head = adapters.model.get_output_embeddings()
     if isinstance(head, nn.Linear) and dtype != torch.float32:
-        stack.enter_context(replaced_forward(head, float32_logits(head, dtype)))
+        stack.enter_context(
+            replaced_forward(head, float32_logits(head, dtype, keep=not is_sharded(adapters.model)))
+        )

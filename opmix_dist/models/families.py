@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from opmix_dist.models.build import transformer_blocks
+from opmix_dist.models.sharding import plain_class
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ FAMILIES = {
 def family_of(model: PreTrainedModel) -> Family | None:
     """What the table says of exactly this class of transformers; None for all others, also for subclasses
     and for classes of that name from elsewhere."""
-    kind = type(model)
+    kind = plain_class(model)
     family = FAMILIES.get(kind.__name__)
     known = family is not None and kind.__module__.startswith("transformers.models.")
     return family if known and _has_plain_head(model) else None

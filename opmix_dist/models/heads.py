@@ -42,12 +42,21 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
         del module.__dict__["forward"]
 
 
-def float32_logits(head: nn.Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """The head's product of operands in ``dtype``, not rounded to it: [..., d] to [..., V] float32."""
-    weight = head.weight.detach().to(dtype)
-    bias = None if head.bias is None else head.bias.detach().float()
+def float32_logits(head: nn.Linear, dtype: torch.dtype, *, keep: bool = True) -> Callable[[Tensor], Tensor]:
+    """The head's product of operands in ``dtype``, not rounded to it: [..., d] to [..., V] float32.
+
+    Args:
+        keep: a copy of the weights in ``dtype``; false: of each pass, as sharded weights need.
+    """
+
+    def parts() -> tuple[Tensor, Tensor | None]:
+        bias = None if head.bias is None else head.bias.detach().float()
+        return head.weight.detach().to(dtype), bias
+
+    kept = parts() if keep else None
 
     def forward(hidden: Tensor) -> Tensor:
+        weight, bias = kept or parts()
         rows = hidden.to(dtype).reshape(-1, hidden.shape[-1])
         with torch.autocast(hidden.device.type, enabled=False):
             logits = _WideProduct.apply(rows, weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,13 @@ class JointLoRALinear(nn.Module):
 
     def __init__(self, base: nn.Linear, num_adapters: int, rank: int, forward: Forward) -> None:
         super().__init__()
-        dtype = torch.promote_types(base.weight.dtype, torch.float32)
+        weight = base.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
         self.base = base
-        self.A = nn.Parameter(base.weight.new_zeros(num_adapters, rank, base.in_features, dtype=dtype))
-        self.B = nn.Parameter(base.weight.new_zeros(num_adapters, base.out_features, rank, dtype=dtype))
+        # plain tensors, also where the base's weights are sharded: every rank has whole adapters
+        fresh = partial(torch.zeros, dtype=dtype, device=weight.device)
+        self.A = nn.Parameter(fresh(num_adapters, rank, base.in_features))
+        self.B = nn.Parameter(fresh(num_adapters, base.out_features, rank))
         self._forward = forward
 
     def forward(self, x: Tensor) -> Tensor:

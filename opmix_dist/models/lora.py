@@ -28,6 +28,7 @@ from opmix_dist.models.compute import Compute
 from opmix_dist.models.computing import computed
 from opmix_dist.models.joint_linear import JointLoRALinear
 from opmix_dist.models.products import AdapterState, Mode, Products
+from opmix_dist.seeds import derive_seed
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -69,14 +70,14 @@ class JointAdapters:
         self.model, self.names = model, tuple(names)
         self.rank, self.alpha, self.scale, self.dropout = rank, alpha, alpha / rank, dropout
         self.seeds = tuple(seeds)
-        self.dropout_step = 0
         self.state = AdapterState(self.scale, self.drop)
         self.products = Products(self.state)
         model.requires_grad_(False)
         self.layers = self._inject()
         self._initialise(seeds)
         device = next(model.parameters()).device
-        self._dropout_generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self._dropout_generators = [torch.Generator(device) for _ in seeds]
+        self.dropout_step = 0
 
     def _inject(self) -> dict[str, JointLoRALinear]:
         head = self.model.get_output_embeddings()
@@ -105,6 +106,17 @@ class JointAdapters:
     def parameters(self) -> list[nn.Parameter]:
         """Stacked parameters [K, ...], A and B of every layer."""
         return [p for layer in self.layers.values() for p in (layer.A, layer.B)]
+
+    @property
+    def dropout_step(self) -> int:
+        """What dropout masks depend on besides the adapters' seeds; to be another one in every pass."""
+        return self._dropout_step
+
+    @dropout_step.setter
+    def dropout_step(self, step: int) -> None:
+        self._dropout_step = step
+        for seed, generator in zip(self.seeds, self._dropout_generators, strict=True):
+            generator.manual_seed(derive_seed(seed, "dropout", step))
 
     def drop(self, grouped: Tensor) -> Tensor:
         """Inverted dropout on [K, rows, d], each group with its adapter's own generator."""
@@ -146,10 +158,7 @@ class JointAdapters:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Rows are grouped by adapter: the batch is [K * b, T].
-
-        Kernels draw dropout masks by ``dropout_step``, which is to be another one at every step.
-        """
+        """Rows are grouped by adapter: the batch is [K * b, T]. Dropout goes by ``dropout_step``."""
         try:
             with self._switched(Mode.TRAIN, None):
                 yield

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from opmix_dist.models.joint_linear import JointLoRALinear, add_joint, add_simulated
+from opmix_dist.models.sharding import changed
 
 
 class Mode(Enum):
@@ -56,15 +59,13 @@ class Products:
     @contextmanager
     def merged(self, layers: Sequence[JointLoRALinear], u: Tensor) -> Iterator[None]:
         """The base's weights are W + s * sum_c u_c B_c A_c inside (u [K]), and exactly W again after."""
-        kept = [layer.base.weight.data for layer in layers]
-        try:
+        with ExitStack() as stack:
             for layer in layers:
-                weight = layer.base.weight
-                weight.data = (weight.data + self.state.scale * layer.delta(u)).to(weight.dtype)
+                stack.enter_context(changed(layer.base.weight, partial(self._merged_change, layer, u)))
             yield
-        finally:
-            for layer, data in zip(layers, kept, strict=True):
-                layer.base.weight.data = data
+
+    def _merged_change(self, layer: JointLoRALinear, u: Tensor) -> Tensor:
+        return self.state.scale * layer.delta(u)
 
     def end_pass(self) -> None:
         """Drop what an earlier pass, perhaps with other gates, has left."""
@@ -133,8 +134,7 @@ class CastProducts(Products):
 
     def __call__(self, layer: JointLoRALinear, x: Tensor) -> Tensor:
         state, x = self.state, self.cast(layer, x)
-        weight = self._merged[layer] if self._is_merged else self.weight(layer)
-        y = F.linear(x, weight, self.bias(layer))
+        y = self.product(layer, x)
         if state.mode is Mode.TRAIN:
             A, B = layer.A.to(self.dtype), layer.B.to(self.dtype)
             return add_joint(y, x, A, B, state.scale, state.drop)
@@ -142,6 +142,11 @@ class CastProducts(Products):
             A, B = layer.A.detach().to(self.dtype), layer.B.detach().to(self.dtype)
             return add_simulated(y, x, A, B, state.scale, state.gates)
         return y
+
+    def product(self, layer: JointLoRALinear, x: Tensor) -> Tensor:
+        """W x + b of x in the compute dtype."""
+        weight = self._merged[layer] if self._is_merged else self.weight(layer)
+        return F.linear(x, weight, self.bias(layer))
 
     def cast(self, layer: JointLoRALinear, x: Tensor) -> Tensor:
         """x in the compute dtype; one copy for all that read it."""
@@ -185,3 +190,31 @@ class CastProducts(Products):
     def end_pass(self) -> None:
         for group in self.readers.values():
             group.shared.clear()
+
+
+class ShardedProducts(CastProducts):
+    """As :class:`CastProducts`, of a base whose weights are gathered for each pass, and so with copies that
+    live no longer than a product."""
+
+    def product(self, layer: JointLoRALinear, x: Tensor) -> Tensor:
+        return _CastProduct.apply(x, layer.base.weight, layer.base.bias)
+
+    @contextmanager
+    def merged(self, layers: Sequence[JointLoRALinear], u: Tensor) -> Iterator[None]:
+        with Products.merged(self, layers, u):
+            yield
+
+
+class _CastProduct(torch.autograd.Function):
+    """x W^T + b of x [..., d_in] and constant W and b, in x's dtype. The backward pass casts W again: a copy
+    that is kept for it would be one of the whole model."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return gradient @ weight.to(gradient.dtype), None, None

@@ -2,8 +2,8 @@
 
 The contract: a base model, adapters, coefficients U [M, C] and held-out tokens of D domains give losses
 [M, D], and on request their exact gradients [M, D, C]. Every candidate sees the same tokens, so differences
-between candidates are paired. The tokens stream in micro-batches; results stay on the device until a group of
-candidates is done, or looked at.
+between candidates are paired. The tokens stream in micro-batches, which are dealt out to the ranks of a team;
+results stay on the device until a group of candidates is done, or looked at.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import numpy as np
@@ -21,7 +22,8 @@ from opmix_dist.data.batch import TokenBatch
 from opmix_dist.models.flops import FlopCounts
 from opmix_dist.models.lora import JointAdapters
 from opmix_dist.models.loss import DomainLosses, losses_by_domain, sample_losses
-from opmix_dist.pool.stream import parts_on
+from opmix_dist.pool.stream import parts_of, parts_on
+from opmix_dist.pool.team import ALONE, Team
 
 Method = Literal["lowrank", "merge"]
 Progress = Callable[[int], None]
@@ -108,6 +110,7 @@ def simulate_sums(
     joint: int = 1,
     order: np.ndarray | None = None,
     stopping: Stopping | None = None,
+    team: Team = ALONE,
     on_progress: Progress = lambda samples: None,
 ) -> Simulated:
     """Losses of each held-out sample, of the simulated models W(u_m) of all rows u_m of ``coefficients``.
@@ -121,6 +124,11 @@ def simulate_sums(
         order: of the samples in the stream [N]; None: as they lie.
         stopping: None: every candidate sees all samples. What is stopped leaves its group, so that the shapes
             of the products change at looks only.
+        team: all its ranks call this, with the same arguments, and get the same.
+        on_progress: told of the samples that the whole team has done.
+
+    Raises:
+        AgreedError: it failed on one rank of a team.
     """
     adapters.model.eval()
     U = torch.as_tensor(coefficients, dtype=torch.float64)
@@ -130,6 +138,7 @@ def simulate_sums(
         np.arange(len(heldout)) if order is None else order,
         batch_size,
         stopping,
+        team,
         on_progress,
     )
     found = list(stream.joint(U, joint) if method == "lowrank" else stream.merged(U))
@@ -147,6 +156,7 @@ class _Stream:
     order: np.ndarray
     batch_size: int
     stopping: Stopping | None
+    team: Team
     tick: Progress
 
     def joint(self, U: Tensor, joint: int) -> Iterator[Simulated]:
@@ -168,7 +178,7 @@ class _Stream:
         for end in (*looks, count):
             rows = self.order[start:end]
             with entered(U[torch.from_numpy(alive)]):
-                sums[np.ix_(alive, rows)] = self._losses(rows, len(alive)).cpu().numpy()
+                sums[np.ix_(alive, rows)] = self._losses(rows, len(alive))
             seen[np.ix_(alive, rows)] = True
             start = end
             if self.stopping and end < count:
@@ -179,15 +189,52 @@ class _Stream:
                     break
         return Simulated(sums, seen)
 
-    def _losses(self, rows: np.ndarray, candidates: int) -> Tensor:
-        """[m, n] float64 on the device, of the n samples of ``rows``."""
-        model, device = self.adapters.model, self.adapters.parameters()[0].device
+    def _losses(self, rows: np.ndarray, candidates: int) -> np.ndarray:
+        """[m, n] float64, of the n samples of ``rows``."""
+
+        def losses(part: TokenBatch) -> Tensor:
+            found = sample_losses(self.adapters.model, part.repeat(candidates))  # [m * b]
+            return found.double().view(candidates, -1).T
+
+        def done(samples: int) -> None:
+            self.tick(candidates * samples)
+
+        parts = parts_of(rows, self.batch_size)
+        return _over_parts(self.adapters, self.heldout, parts, losses, self.team, done).T
+
+
+def _over_parts(
+    adapters: JointAdapters,
+    samples: TokenBatch,
+    parts: Sequence[np.ndarray],
+    measure: Callable[[TokenBatch], Tensor],
+    team: Team,
+    tick: Progress,
+) -> np.ndarray:
+    """Collective over the team. What is measured of the samples of ``parts``, in their order: [n, width].
+
+    Args:
+        measure: of the samples of a part, [b, width] float64.
+        tick: told how many samples all ranks together have done.
+    """
+    device = adapters.parameters()[0].device
+    sizes = [len(part) for part in parts]
+    places = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+    dealt = team.deal(len(parts))
+
+    def mine() -> Tensor:
         found = []
-        for part_rows, part in parts_on(device, self.heldout, rows, self.batch_size):
-            losses = sample_losses(model, part.repeat(candidates))  # [m * b]
-            found.append(losses.double().view(candidates, -1))
-            self.tick(candidates * len(part_rows))
-        return torch.cat(found, dim=1)
+        for turn, (_, part) in enumerate(parts_on(device, samples, [parts[i] for i in dealt])):
+            found.append(measure(part))
+            tick(sum(sizes[turn * team.size : (turn + 1) * team.size]))
+        measured = torch.cat(found).cpu().split([sizes[i] for i in dealt])
+        values = torch.zeros(sum(sizes), measured[0].shape[1], dtype=torch.float64)
+        for turn, (i, one) in enumerate(zip(dealt, measured, strict=True)):
+            if team.counts(turn, len(parts)):
+                values[places[i]] = one
+        return values
+
+    return team.sum(team.compute(mine)).numpy()
 
 
 def simulate_with_gradients(
@@ -198,6 +245,7 @@ def simulate_with_gradients(
     num_domains: int,
     *,
     batch_size: int,
+    team: Team = ALONE,
     on_progress: Progress = lambda samples: None,
 ) -> SimulatedGradients:
     """Losses [M, D] as of :func:`evaluate_candidates`, and their exact gradients by back-propagation.
@@ -209,29 +257,32 @@ def simulate_with_gradients(
 
     Args:
         batch_size: samples per forward and backward pass; a graph holds the activations of this many.
+        team, on_progress: as of :func:`simulate_sums`.
+
+    Raises:
+        AgreedError: it failed on one rank of a team.
     """
     adapters.model.eval()
     device = adapters.parameters()[0].device
     U = torch.as_tensor(coefficients, dtype=torch.float64)
     sums = np.zeros((len(U), len(heldout)))
     slopes = np.zeros((*sums.shape, U.shape[1]))
+    parts = parts_of(np.arange(len(heldout)), batch_size)
     for m, u in enumerate(U):
-        found = []
-        for rows, part in parts_on(device, heldout, np.arange(len(heldout)), batch_size):
-            found.append(_differentiated(adapters, u.to(device), part))
-            on_progress(len(rows))
-        sums[m] = torch.cat([losses.double() for losses, _ in found]).cpu().numpy()
-        slopes[m] = torch.cat([gradients for _, gradients in found]).cpu().numpy()
+        measure = partial(_differentiated, adapters, u.to(device))
+        found = _over_parts(adapters, heldout, parts, measure, team, on_progress)
+        sums[m], slopes[m] = found[:, 0], found[:, 1:]
     losses = losses_by_domain(sums, heldout.targets.numpy(), domain_ids.numpy(), num_domains)
     gradients = np.zeros((len(U), num_domains, U.shape[1]))
     np.add.at(gradients.swapaxes(0, 1), domain_ids.numpy(), slopes.swapaxes(0, 1))
     return SimulatedGradients(losses, gradients / np.maximum(losses.targets, 1)[:, None], sums)
 
 
-def _differentiated(adapters: JointAdapters, u: Tensor, part: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Loss sums [b] of the samples under u [C], and the gradient of each with respect to u [b, C]."""
+def _differentiated(adapters: JointAdapters, u: Tensor, part: TokenBatch) -> Tensor:
+    """Loss sums of the samples under u [C], and the gradient of each with respect to u, side by side:
+    [b, 1 + C] float64."""
     gates = u.expand(len(part), -1).clone().requires_grad_()
     with torch.enable_grad(), adapters.simulating(gates):
         found = sample_losses(adapters.model, part)
         (slopes,) = torch.autograd.grad(found.sum(), gates)
-    return found.detach(), slopes
+    return torch.cat([found.detach().double()[:, None], slopes.double()], dim=1)

@@ -22,10 +22,11 @@ from opmix_dist.models.flops import FlopCounts
 from opmix_dist.models.lora import ADAPTER_FILE, JointAdapters
 from opmix_dist.pool.candidates import simulate_sums, simulate_with_gradients
 from opmix_dist.pool.early_stop import EarlyStop
-from opmix_dist.pool.errors import SearchError
+from opmix_dist.pool.errors import AgreedError, BrokenTeamError, SearchError
 from opmix_dist.pool.evaluations import Evaluations, Evaluator, Measurement, Work, identity_of
 from opmix_dist.pool.plan import Planner, chosen_dtype, halved
 from opmix_dist.pool.stream import stratified_order
+from opmix_dist.pool.team import Crew, Team
 from opmix_dist.pool.trials import Trials
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class Evaluating:
         kernels: bool,
         snapshot: Path,
         world: World,
+        crew: Crew,
         together: Callable[[Callable[[], None]], None],
         ledger: Ledger,
         on_progress: Callable[[int], None],
@@ -60,7 +62,7 @@ class Evaluating:
         self.search, self.request, self.config = search, request, config
         self.adapters, self.heldout, self.flops = adapters, heldout, flops
         self.kernels, self.snapshot = kernels, snapshot
-        self.world, self.together, self.ledger = world, together, ledger
+        self.world, self.crew, self.together, self.ledger = world, crew, together, ledger
         self.on_progress = on_progress
         self.order = stratified_order(heldout.domain_ids.numpy())
         self.plan: EvaluationPlan
@@ -103,6 +105,7 @@ class Evaluating:
             settings.candidates,
             dtype=dtype,
             kernels=self.kernels,
+            sharded=self.crew.team.sharded,
         )
         plan = planner.decide(gradients=settings.wants_gradients)
         self.ledger.add("trials", flops=trials.flops, tokens=trials.tokens)
@@ -117,11 +120,19 @@ class Evaluating:
             self.heldout,
             len(self.request.domains),
             world=self.world,
+            crew=self.crew,
             joint=self.plan.joint,
+            passes=self._passes,
             together=self.together,
             simulate=self._simulate,
             on_progress=self.on_progress,
         )
+
+    def _passes(self, gradients: bool) -> int:
+        """Of a group of candidates."""
+        size = self.plan.gradient_batch_size if gradients else self.plan.batch_size
+        assert size is not None
+        return -(-len(self.heldout.batch) // size)
 
     def _identity(self) -> str:
         plan, names = self.plan, self.request.components
@@ -171,17 +182,31 @@ class Evaluating:
         self._count(before, evaluator.work[gradients], gradients)
         return found
 
-    def _simulate(self, U: np.ndarray, gradients: bool, stopping: EarlyStop | None) -> Measurement:
+    def _simulate(
+        self, U: np.ndarray, gradients: bool, stopping: EarlyStop | None, team: Team
+    ) -> Measurement:
         """Of the rows of U."""
         try:
-            return self._differentiated(U) if gradients else self._simulated(U, stopping)
-        except torch.OutOfMemoryError:
+            return self._differentiated(U, team) if gradients else self._simulated(U, stopping, team)
+        except (torch.OutOfMemoryError, AgreedError) as error:
+            if torch.OutOfMemoryError not in (type(error), type(error.__cause__)):
+                raise
             self.out_of_memory = True
+            if team.sharded:
+                self._leave_a_smaller_plan()
             raise SearchError(
                 f"out of memory with {self.plan.joint} candidates of {self.plan.batch_size} samples in a pass"
             ) from None
 
-    def _differentiated(self, U: np.ndarray) -> Measurement:
+    def _leave_a_smaller_plan(self) -> None:
+        """The other ranks of the team wait in the midst of a pass, and this one has to end: what is started
+        again in its place goes on with the half. All ranks that run out write the same."""
+        smaller = halved(self.plan)
+        if smaller is not None:
+            write_record(self.search.plan_file, smaller)
+        raise BrokenTeamError("out of memory")
+
+    def _differentiated(self, U: np.ndarray, team: Team) -> Measurement:
         assert self.plan.gradient_batch_size is not None
         found = simulate_with_gradients(
             self.adapters,
@@ -190,11 +215,12 @@ class Evaluating:
             self.heldout.domain_ids,
             len(self.request.domains),
             batch_size=self.plan.gradient_batch_size,
+            team=team,
             on_progress=self.on_progress,
         )
         return found.sums, None, found.gradients
 
-    def _simulated(self, U: np.ndarray, stopping: EarlyStop | None) -> Measurement:
+    def _simulated(self, U: np.ndarray, stopping: EarlyStop | None, team: Team) -> Measurement:
         found = simulate_sums(
             self.adapters,
             U,
@@ -204,6 +230,7 @@ class Evaluating:
             joint=self.plan.joint,
             order=self.order,
             stopping=stopping,
+            team=team,
             on_progress=self.on_progress,
         )
         return found.sums, found.seen, None

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from opmix_dist.exchange import files
 from opmix_dist.models.loss import DomainLosses, losses_by_domain
 from opmix_dist.pool.early_stop import EarlyStop
 from opmix_dist.pool.partial import estimated_losses
+from opmix_dist.pool.team import Crew, Team
 
 log = logging.getLogger(__name__)
 HASHED_BYTES = 1 << 20
@@ -140,8 +142,9 @@ class Evaluations:
 
 Measurement = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
 """Of m candidates: sums [m, N]; seen [m, N] bool, None: all; gradients [m, D, K], None: not asked for."""
-Simulate = Callable[[np.ndarray, bool, EarlyStop | None], Measurement]
-"""U [m, K], whether to take gradients, and which candidates to stop early, to what is measured of them."""
+Simulate = Callable[[np.ndarray, bool, EarlyStop | None, Team], Measurement]
+"""U [m, K], whether to take gradients, which candidates to stop early, and the team all of whose ranks call
+it, to what is measured of them."""
 
 
 @dataclass
@@ -153,14 +156,15 @@ class Work:
 
 
 class Evaluator:
-    """Simulates candidates, each once, divided over the ranks of ``world``.
+    """Simulates candidates, each once, divided over the teams of ``crew``.
 
     Args:
         folder: of the files.
         identity: digest of all that the losses depend on besides the coefficients; the same on all ranks.
-        joint: candidates that are simulated together.
+        joint: candidates that are simulated together, at most.
+        passes: of a group of them, without or with gradients.
         together: runs what may fail on one rank, and raises on all ranks then.
-        simulate: does not communicate.
+        simulate: communicates within the team that it is given only.
         on_progress: told the samples of candidates that were read, and need not be simulated.
     """
 
@@ -172,16 +176,20 @@ class Evaluator:
         num_domains: int,
         *,
         world: World,
+        crew: Crew,
         joint: int,
+        passes: Callable[[bool], int],
         together: Callable[[Callable[[], None]], None],
         simulate: Simulate,
         on_progress: Callable[[int], None] = lambda samples: None,
     ) -> None:
-        self.world, self.joint, self.together, self.simulate = world, joint, together, simulate
+        self.world, self.crew, self.joint, self.passes = world, crew, joint, passes
+        self.together, self.simulate = together, simulate
         self.on_progress = on_progress
         self.targets, self.domain_ids = heldout.batch.targets.numpy(), heldout.domain_ids.numpy()
         self.num_domains = num_domains
         self.files = EvaluationFiles(folder, identity, self.targets)
+        self.told_idle: set[tuple[int, int]] = set()
         self.asked: set[str] = set()
         self.counted: set[tuple[str, bool]] = set()
         self.work = {False: Work(), True: Work()}
@@ -213,21 +221,42 @@ class Evaluator:
         for group in missing:
             for row in group:
                 here.pop(row, None)
-        self.on_progress(len(here) * len(self.targets) // self.world.size)
-        mine = missing[self.world.rank :: self.world.size]
+        self.on_progress(len(here) * len(self.targets) // self.crew.team.count)
         self._count_earlier(here.values())
-        self.together(lambda: here.update(self._simulate(U, mine, gradients, stopping)))
+        passes = self.passes(gradients)
+        self._tell_idle(len(missing), passes)
+        alone, shared = self.crew.deal(missing, passes)
+        for team, mine in ((self.crew.team, alone), (self.crew.everyone, shared)):
+            self.together(partial(self._simulate, U, mine, gradients, stopping, team, here))
         self.asked.update(self.files.key(u) for u in U)
         found = self._put_together(here, U, gradients, stopping)
         self._count(U, found, stopping)
         return found
 
     def _groups(self, U: np.ndarray, gradients: bool) -> list[list[int]]:
-        """Rows that are simulated together."""
+        """Rows that are simulated together: as few groups as there can be, of equal size to within one. No
+        number of ranks decides: in groups of other sizes the last digits would be others."""
         again = [row for row, u in enumerate(U) if self.files.key(u) in self.asked]
         fresh = [row for row in range(len(U)) if row not in again]
-        size = 1 if gradients else max(1, min(self.joint, -(-len(fresh) // self.world.size)))
-        return [fresh[i : i + size] for i in range(0, len(fresh), size)] + [[row] for row in again]
+        count = len(fresh) if gradients else -(-len(fresh) // self.joint)
+        parts = np.array_split(np.array(fresh), count) if count else []
+        return [part.tolist() for part in parts] + [[row] for row in again]
+
+    def _tell_idle(self, groups: int, passes: int) -> None:
+        """In the log, once each."""
+        idle = self.crew.idle(groups, passes)
+        if not idle or (groups, passes) in self.told_idle or not self.world.is_leader:
+            return
+        self.told_idle.add((groups, passes))
+        log.info(
+            "%d of %d ranks have no work of their own in the last round of %d group(s) of candidates, %d "
+            "pass(es) each: a smaller search.candidates.joint makes more groups, a smaller "
+            "search.candidates.batch_size more passes",
+            idle,
+            self.world.size,
+            groups,
+            passes,
+        )
 
     def _read(self, U: np.ndarray, gradients: bool, stopping: EarlyStop | None) -> dict[int, _Measured]:
         found = {row: self.files.read(u, stopping) for row, u in enumerate(U)}
@@ -237,7 +266,7 @@ class Evaluator:
         """Wall time that earlier attempts spent on what this one reads; on the leader, which reads."""
         for measured in found:
             if measured.key not in self.asked:
-                self.earlier_seconds += measured.seconds / self.world.size
+                self.earlier_seconds += measured.seconds / self.crew.team.count
 
     def _count(self, U: np.ndarray, found: Evaluations, stopping: EarlyStop | None) -> None:
         """Once each, whichever attempt simulated it; with gradients is another work than without."""
@@ -250,18 +279,39 @@ class Evaluator:
                 self.work[gradients].samples += int(seen.sum())
 
     def _simulate(
-        self, U: np.ndarray, groups: list[list[int]], gradients: bool, stopping: EarlyStop | None
-    ) -> dict[int, _Measured]:
-        found = {}
+        self,
+        U: np.ndarray,
+        groups: list[list[int]],
+        gradients: bool,
+        stopping: EarlyStop | None,
+        team: Team,
+        found: dict[int, _Measured],
+    ) -> None:
+        """Of each team, the leader keeps what was found, and writes it."""
         for group in groups:
-            start = time.perf_counter()
-            sums, seen, slopes = self.simulate(U[group], gradients, stopping)
-            seconds = (time.perf_counter() - start) / len(group)
-            for i, row in enumerate(group):
-                part = None if seen is None or seen[i].all() else seen[i]
-                key = self.files.key(U[row], None if part is None else stopping)
-                found[row] = _Measured(key, sums[i], part, None if slopes is None else slopes[i], seconds)
-                self.files.write(U[row], found[row])
+            with team.in_step():
+                start = time.perf_counter()
+                measurement = self.simulate(U[group], gradients, stopping, team)
+                seconds = (time.perf_counter() - start) / len(group)
+                of_group = partial(self._measured, U, group, measurement, stopping, seconds)
+                found.update(team.together(of_group if team.leads else dict))
+
+    def _measured(
+        self,
+        U: np.ndarray,
+        group: list[int],
+        measurement: Measurement,
+        stopping: EarlyStop | None,
+        seconds: float,
+    ) -> dict[int, _Measured]:
+        """Of each row of a group, as it is written."""
+        found = {}
+        sums, seen, slopes = measurement
+        for i, row in enumerate(group):
+            part = None if seen is None or seen[i].all() else seen[i]
+            key = self.files.key(U[row], None if part is None else stopping)
+            found[row] = _Measured(key, sums[i], part, None if slopes is None else slopes[i], seconds)
+            self.files.write(U[row], found[row])
         return found
 
     def _put_together(

@@ -20,9 +20,10 @@ from opmix_dist.exchange.schemas import EvaluationPlan
 from opmix_dist.models.compute import Compute, kernels_fault
 from opmix_dist.models.flops import FlopCounts, num_parameters
 from opmix_dist.models.loss import uses_flash_attention
+from opmix_dist.models.sharding import plain_class
 from opmix_dist.pool.candidates import Method, cheaper_method
 from opmix_dist.pool.method_times import cache_folder, method_times
-from opmix_dist.pool.trials import Trials, largest_fit
+from opmix_dist.pool.trials import MARGIN, Trials, largest_fit
 from opmix_dist.search_config import CandidateConfig
 
 log = logging.getLogger(__name__)
@@ -30,8 +31,12 @@ log = logging.getLogger(__name__)
 CPU_BYTES = 4 << 30
 """Memory that the logits and activations of a pass may take on a CPU."""
 CPU_BATCH, JOINT = 16, 4
+GROUPS = 4
+"""That the first candidates make at least: a pool of so many ranks is not to wait for one of them, and on any
+number of ranks there are to be the same groups."""
 TOKENS_AT_ONCE = 1 << 16
 """Tokens in a pass from which a GPU gains nothing by more."""
+WHOLE_WEIGHTS = "they read whole weights, and pool.ranks_per_model shards them"
 
 
 def require_kernels(setting: str, device: torch.device) -> None:
@@ -41,7 +46,7 @@ def require_kernels(setting: str, device: torch.device) -> None:
         raise UserError(f"search.kernels is triton, but {fault}: set it to auto or torch")
 
 
-def chosen_kernels(setting: str, device: torch.device) -> bool:
+def chosen_kernels(setting: str, device: torch.device, ranks_per_model: int = 1) -> bool:
     """Whether Triton kernels compute, by ``search.kernels``; the log says so where that is not as written.
 
     Raises:
@@ -52,7 +57,7 @@ def chosen_kernels(setting: str, device: torch.device) -> bool:
         return True
     if setting == "torch" or device.type != "cuda":
         return False
-    fault = kernels_fault(device)
+    fault = kernels_fault(device) if ranks_per_model == 1 else WHOLE_WEIGHTS
     log.info("search.kernels: %s", "triton" if fault is None else f"torch, since {fault}")
     return fault is None
 
@@ -88,13 +93,16 @@ class Planner:
         *,
         dtype: str,
         kernels: bool,
+        sharded: bool = False,
         folder: Path | None = None,
     ) -> None:
+        """``sharded``: nothing is tried, since a pass needs other ranks: sizes decide."""
         self.file, self.trials, self.flops, self.settings = file, trials, flops, settings
         self.dtype, self.kernels = dtype, kernels
         self._folder = folder
         self.wanted = settings.method
         self.samples, self.on_gpu = len(trials.heldout.batch), trials.device.type == "cuda"
+        self.tries = self.on_gpu and not sharded
 
     def decide(self, *, gradients: bool) -> EvaluationPlan:
         """The plan that is there, if it was decided for these settings, sizes and device, or a new one."""
@@ -140,7 +148,7 @@ class Planner:
         adapters = self.trials.adapters
         return {
             "device": self._device_name(),
-            "architecture": type(adapters.model).__name__,
+            "architecture": plain_class(adapters.model).__name__,
             "parameters": num_parameters(adapters.model),
             "components": len(adapters.names),
             "rank": adapters.rank,
@@ -153,7 +161,7 @@ class Planner:
     def _decided(self) -> EvaluationPlan:
         passes: dict[Method, tuple[int, int]] = {}
         wanted = self.wanted
-        if wanted == "auto" and not self.on_gpu:
+        if wanted == "auto" and not self.tries:
             tokens = self.trials.heldout.batch.tokens.numel()
             wanted = cheaper_method(self.flops, self.trials.num_adapters, tokens)
         methods: tuple[Method, ...] = ("lowrank", "merge") if wanted == "auto" else (wanted,)
@@ -201,13 +209,14 @@ class Planner:
             return joint, batch
         rows = self._rows(lambda rows: self._try(method, rows))
         if isinstance(batch, int):
-            return max(1, min(JOINT, rows // batch)), batch
+            return max(1, min(self._joint(), rows // batch)), batch
         together = joint if isinstance(joint, int) else min(rows, self._joint())
         return together, self._batch(rows // together)
 
     def _joint(self) -> int:
-        """On a GPU that the samples do not fill, more candidates do."""
-        return JOINT if not self.on_gpu else max(JOINT, self._most() // self.samples)
+        """On a GPU that the samples do not fill, more candidates do; but all make some groups."""
+        most = JOINT if not self.on_gpu else max(JOINT, self._most() // self.samples)
+        return min(most, -(-self.settings.count // GROUPS))
 
     def _try(self, method: Method, rows: int) -> None:
         """A pass of so many samples, as low-rank terms of several candidates where they are more than there
@@ -236,15 +245,17 @@ class Planner:
 
     def _rows(self, work: Callable[[int], None], *, gradients: bool = False) -> int:
         """Samples in a pass that fit."""
-        if not self.on_gpu:
-            return max(1, min(self._most(), CPU_BYTES // self._cpu_bytes(gradients)))
+        if not self.tries:
+            # of a GPU, half is left to the blocks that are gathered and to what the formula does not know
+            memory = int(MARGIN * self.trials.memory()) // 2 if self.on_gpu else CPU_BYTES
+            return max(1, min(self._most(), memory // self._formula_bytes(gradients)))
 
         def peak(rows: int) -> int:
             return self.trials.peak(lambda: work(rows))
 
         return largest_fit(peak, self.trials.memory(), self._most())
 
-    def _cpu_bytes(self, gradients: bool) -> int:
+    def _formula_bytes(self, gradients: bool) -> int:
         """Of one sample in a pass, float32: logits three times, for the softmax; some ten activations of a
         block's width and four of its MLP's, of every block where gradients need them."""
         config = self.trials.adapters.model.config.get_text_config()

@@ -1,7 +1,8 @@
-"""The probes of a search: which rank trains which of them together, and what is on disk already."""
+"""The probes of a search: which ranks train which of them together, and what is on disk already."""
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -21,11 +22,14 @@ from opmix_dist.exchange.schemas import SearchRequest
 from opmix_dist.models.compute import Compute
 from opmix_dist.models.lora import JointAdapters
 from opmix_dist.pool.probes import save_probe, train_probes
+from opmix_dist.pool.team import Crew, Team
 from opmix_dist.seeds import derive_seed
+
+log = logging.getLogger(__name__)
 
 
 class ProbeGroups:
-    """Trains the groups of probes that are not on disk whole, each rank its own.
+    """Trains the groups of probes that are not on disk whole, each team its own.
 
     A group is trained again as a whole: the shapes of its products, and with them the last digits of its
     results, do not depend on where an earlier attempt was killed.
@@ -38,20 +42,21 @@ class ProbeGroups:
         config: SharedConfig,
         catalogue: Catalogue,
         world: World,
+        crew: Crew,
         *,
         kernels: bool,
     ) -> None:
         """``kernels``: whether Triton kernels compute."""
         self.search, self.request, self.config = search, request, config
-        self.catalogue, self.world, self.kernels = catalogue, world, kernels
+        self.catalogue, self.world, self.crew, self.kernels = catalogue, world, crew, kernels
 
     @property
     def all(self) -> list[list[str]]:
-        """Components that are trained jointly; group i belongs to rank i modulo the number of ranks."""
-        size, most = self.world.size, self.config.search.probes.max_joint
+        """Components that are trained jointly. Settings decide, and not the number of ranks: groups of other
+        sizes would give other last digits."""
         names = self.request.components
-        count = size * math.ceil(len(names) / (size * most))
-        return [group for i in range(count) if (group := names[i::count])]
+        count = math.ceil(len(names) / self.config.search.probes.max_joint)
+        return [names[i::count] for i in range(count)]
 
     def missing(self) -> list[list[str]]:
         """Collective. Groups of which an adapter is not there, as the leader sees the file system."""
@@ -63,12 +68,38 @@ class ProbeGroups:
         return all(files.is_complete(self.search.probe(name)) for name in names)
 
     def train(self, model: PreTrainedModel, groups: list[list[str]], on_step: Callable[[int], None]) -> None:
-        """Train this rank's of the ``groups`` on ``model``, which stays as it is. Does not communicate."""
-        for index, names in enumerate(self.all):
-            if names in groups and index % self.world.size == self.world.rank:
-                self._train_group(model, names, on_step)
+        """Train this rank's of the ``groups`` on ``model``, which stays as it is. Communicates within teams
+        only.
 
-    def _train_group(self, model: PreTrainedModel, names: list[str], on_step: Callable[[int], None]) -> None:
+        Raises:
+            BrokenTeamError: as :meth:`Team.in_step`.
+        """
+        self._tell_idle(len(groups))
+        alone, shared = self.crew.deal(groups, self.config.search.probes.passes)
+        for team, mine in ((self.crew.team, alone), (self.crew.everyone, shared)):
+            for names in mine:
+                with team.in_step():
+                    self._train_group(model, names, on_step, team)
+
+    def _tell_idle(self, groups: int) -> None:
+        probes, ranks = self.config.search.probes, self.world.size
+        idle = self.crew.idle(groups, probes.passes)
+        if not idle or not self.world.is_leader:
+            return
+        log.info(
+            "%d of %d ranks have no work of their own in the last round of %d group(s) of probes: a smaller "
+            "search.probes.max_joint (%d) makes more groups, a smaller search.probes.micro_batch_size (%d) "
+            "more passes of a step to share",
+            idle,
+            ranks,
+            groups,
+            probes.max_joint,
+            probes.samples_per_pass,
+        )
+
+    def _train_group(
+        self, model: PreTrainedModel, names: list[str], on_step: Callable[[int], None], team: Team
+    ) -> None:
         start = time.perf_counter()
         adapters, curves = train_probes(
             model,
@@ -79,10 +110,16 @@ class ProbeGroups:
             seeds={name: derive_seed(self.request.seed, "probe", name) for name in names},
             on_step=on_step,
             compute=Compute(getattr(torch, self.config.engine.param_dtype), self.kernels),
+            team=team,
         )
         seconds = time.perf_counter() - start
-        for name in names:
-            save_probe(adapters, name, curves[name], self.search.probe(name), self.request.snapshot, seconds)
+
+        def save() -> None:
+            for name in names if team.leads else ():
+                folder = self.search.probe(name)
+                save_probe(adapters, name, curves[name], folder, self.request.snapshot, seconds)
+
+        team.together(save)
         adapters.remove()
 
     def _batches(self, component: str) -> Iterator[TokenBatch]:

@@ -1,9 +1,9 @@
 """One search from request to proposal: probes, candidates, laws, proposal.
 
 Runs on the ranks of whichever role searches: the pool, the trainers themselves (``pool.ranks: 0``), or a
-launch that does nothing else (``opmix search``). Probes are divided over the ranks by component and
-candidates by row; ranks meet in files and in sums over the role's process group. What a killed search had
-finished on disk is used again.
+launch that does nothing else (``opmix search``). Groups of probes and of candidates are dealt out to teams of
+ranks (:mod:`opmix_dist.pool.team`), which meet in files and in sums over the role's process group. What a
+killed search had finished on disk is used again.
 """
 
 from __future__ import annotations
@@ -28,15 +28,19 @@ from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import RunDir, SearchDir
 from opmix_dist.exchange.schemas import SearchRequest, SearchStage
 from opmix_dist.ledger import Ledger
-from opmix_dist.models.build import build_model, load_snapshot
+from opmix_dist.models.build import snapshot_source
 from opmix_dist.models.documents import require_documents_apart
 from opmix_dist.models.flops import count_flops
+from opmix_dist.models.long_context import require_attention, require_positions
 from opmix_dist.models.lora import require_adaptable
 from opmix_dist.models.loss import sample_loss_sums, uses_flash_attention
+from opmix_dist.models.sharding import plain_class
+from opmix_dist.models.source import open_source
 from opmix_dist.pool.early_stop import LEAST_SEEN, EarlyStop
-from opmix_dist.pool.errors import SearchError
+from opmix_dist.pool.errors import AgreedError, BrokenTeamError, SearchError
 from opmix_dist.pool.evaluating import Evaluating
 from opmix_dist.pool.evaluations import Evaluations
+from opmix_dist.pool.loading import load
 from opmix_dist.pool.plan import chosen_kernels
 from opmix_dist.pool.probe_groups import ProbeGroups
 from opmix_dist.pool.records import Outcome, write_outcome
@@ -50,6 +54,7 @@ from opmix_dist.pool.solving import (
     search_problem,
 )
 from opmix_dist.pool.status import StatusWriter
+from opmix_dist.pool.team import Crew
 from opmix_dist.search.ask_tell import MixtureSearch, SearchResult
 from opmix_dist.search.feasibility import require_feasible_shares
 from opmix_dist.search.problem import Problem
@@ -61,13 +66,22 @@ EXPECTED = (SearchError, UserError, ValueError, OSError)
 
 
 class Searcher:
-    """Answers requests. Every method is collective over the ranks of ``world``."""
+    """Answers requests. Every method is collective over the ranks of ``world``, and so is making one."""
 
     def __init__(self, run: RunDir, config: SharedConfig, world: World) -> None:
+        """
+        Raises:
+            UserError: the ranks cannot be divided into teams.
+        """
         self.run, self.config, self.world = run, config, world
+        self.crew = Crew.of(world, config.pool.ranks_per_model)
 
     def answer(self, search: SearchDir) -> None:
-        """Write proposal.json and status ``proposed``, or status ``failed`` with the reason."""
+        """Write proposal.json and status ``proposed``, or status ``failed`` with the reason.
+
+        Raises:
+            BrokenTeamError: this rank cannot go on, and others wait for it: its process is to end.
+        """
         status = StatusWriter(search, writes=self.world.is_leader)
         try:
             _Search(self, search, status).run()
@@ -80,17 +94,25 @@ class Searcher:
                 torch.cuda.empty_cache()
 
     def _together(self, work: Callable[[], None]) -> None:
-        """Run ``work``, which must not communicate; if it fails on one rank, raise PeerError on all. Whatever
-        can fail on one rank only runs in here.
+        """Run ``work``, which communicates within teams only; if it fails on one rank, raise PeerError on
+        all. Whatever can fail on one rank only runs in here.
 
-        Any exception counts: a search never takes its rank down. A rank that is killed does not get here;
-        its peers fail in ``agree``, and the supervisors start all workers again.
+        Any exception counts: a search never takes its rank down, but where a team is in the midst of what it
+        does in step. A rank that is killed does not get here; its peers fail in ``agree``, and the
+        supervisors start all workers again.
         """
         failure = None
         try:
             work()
+        except AgreedError as error:
+            failure = str(error) or None  # those that failed themselves tell
         except EXPECTED as error:
             failure = str(error) or type(error).__name__
+        except BrokenTeamError:
+            log.exception(
+                "%s rank %d fails in the midst of its team's work", self.world.role, self.world.rank
+            )
+            raise
         except Exception as error:
             log.exception("search failed on %s rank %d", self.world.role, self.world.rank)
             failure = f"{type(error).__name__}: {error}"
@@ -100,12 +122,15 @@ class Searcher:
 class _Search:
     def __init__(self, searcher: Searcher, search: SearchDir, status: StatusWriter) -> None:
         self.run_dir, self.config, self.world = searcher.run, searcher.config, searcher.world
+        self.crew = searcher.crew
         self.search, self.status = search, status
         self.ledger = Ledger(self.world.size)
         self.together = searcher._together
 
     def run(self) -> None:
         self.together(self._open)
+        if self.config.data.mask_documents:
+            self.together(self._require_documents_apart)
         self._probe()
         self.together(self._load_probes)
         self.evaluating = Evaluating(
@@ -118,6 +143,7 @@ class _Search:
             kernels=self.kernels,
             snapshot=self._snapshot,
             world=self.world,
+            crew=self.crew,
             together=self.together,
             ledger=self.ledger,
             on_progress=self.status.add,
@@ -147,10 +173,17 @@ class _Search:
         with self.ledger.timed("load snapshot"):
             self.model = self._load_model()
         self.status.advance(0)
-        self.kernels = chosen_kernels(settings.kernels, self.world.device)
+        per_model = self.config.pool.ranks_per_model
+        self.kernels = chosen_kernels(settings.kernels, self.world.device, per_model)
         self.flops = count_flops(self.model, self.catalogue.sequence_length, settings.probes.rank)
         self.probes = ProbeGroups(
-            self.search, self.request, self.config, self.catalogue, self.world, kernels=self.kernels
+            self.search,
+            self.request,
+            self.config,
+            self.catalogue,
+            self.world,
+            self.crew,
+            kernels=self.kernels,
         )
 
     def _tell_few_samples(self) -> None:
@@ -171,28 +204,36 @@ class _Search:
         return self.run_dir.path / self.request.snapshot
 
     def _load_model(self) -> PreTrainedModel:
+        """Whole, or this rank's shards; does not communicate."""
+        settings, device, team = self.config.model, self.world.device, self.crew.team
         if self.request.is_checkpoint:
             vocabulary = self.catalogue.vocab_size
-            model = build_model(self.config.model, vocab_size=vocabulary, token_ids={}, seed=self.config.seed)
-            require_adaptable(model)
+            source = open_source(settings, vocab_size=vocabulary, token_ids={}, seed=self.config.seed)
+            require_positions(source.hf_config, self.catalogue.sequence_length, fresh=False)
+            require_attention(settings.attention, source.hf_config, device)
+            require_adaptable(source.build())
         else:
             files.require_complete(self._snapshot, "snapshot")
-            model = load_snapshot(
-                self._snapshot,
-                attention=self.config.model.attention,
-                trust_remote_code=self.config.model.trust_remote_code,
+            source = snapshot_source(
+                self._snapshot, attention=settings.attention, trust_remote_code=settings.trust_remote_code
             )
-        cast(torch.nn.Module, model).to(self.world.device).eval()
-        if self.config.data.mask_documents:  # a pool may have another GPU and transformers than the trainers
-            with self._evaluation_dtype(model):
+        return load(source, device, team.mesh(device) if team.sharded else None)
+
+    def _require_documents_apart(self) -> None:
+        """A pool may have another GPU and transformers than the trainers; all ranks of a team find the
+        same."""
+        model = self._module
+        with self.crew.team.in_step(), self._evaluation_dtype(self.model):
+            try:
                 require_documents_apart(
                     lambda batch: sample_loss_sums(model, batch, 1),
-                    vocab_size=model.config.get_text_config().vocab_size,
+                    vocab_size=self.model.config.get_text_config().vocab_size,
                     sequence_length=self.catalogue.sequence_length,
-                    architecture=type(model).__name__,
+                    architecture=plain_class(model).__name__,
                     attention=self.config.model.attention,
                 )
-        return model
+            except UserError as error:
+                raise SearchError(str(error)) from None
 
     def _evaluation_dtype(self, model: PreTrainedModel) -> AbstractContextManager[object]:
         """Candidates differ by little, hence float32; but flash attention's kernels take none."""
@@ -239,15 +280,15 @@ class _Search:
         self.together(lambda: work() if self.world.is_leader else None)
 
     def _planned(self) -> int:
-        """Samples of candidates that this rank may expect: base, all asks, staying twice, proposal; and
-        before them what early stopping compares with."""
-        settings, ranks = self.config.search, self.world.size
+        """Samples of candidates that this rank's team may expect: base, all asks, staying twice, proposal;
+        and before them what early stopping compares with."""
+        settings, teams = self.config.search, self.crew.team.count
         if settings.method == "gradient":
             asked = settings.gradient.max_evaluations
         else:
             first = len(first_candidates(self.request, settings.candidates))
             rounds = settings.refinement.rounds
-            asked = -(-first // ranks) + rounds * -(-settings.refinement.count // ranks)
+            asked = -(-first // teams) + rounds * -(-settings.refinement.count // teams)
         compared = settings.candidates.early_stop is not None and not settings.wants_gradients
         return (asked + 4 + compared) * len(self.heldout.batch)
 

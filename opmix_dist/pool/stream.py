@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -24,15 +24,19 @@ def stratified_order(domain_ids: np.ndarray) -> np.ndarray:
     return np.lexsort((domain_ids, places))
 
 
+def parts_of(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """``rows`` in parts of ``batch_size``, the last one possibly smaller."""
+    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+
+
 def parts_on(
-    device: torch.device, samples: TokenBatch, rows: np.ndarray, batch_size: int
+    device: torch.device, samples: TokenBatch, parts: Sequence[np.ndarray]
 ) -> Iterator[tuple[np.ndarray, TokenBatch]]:
-    """The samples of ``rows`` in parts of ``batch_size``, the last one possibly smaller: rows and samples.
+    """The samples of each part: its rows, and they themselves.
 
     On a GPU a part is copied while the one before it is computed with: from pinned memory, on a stream of its
     own.
     """
-    parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     if device.type != "cuda":
         for part in parts:
             yield part, samples[torch.from_numpy(part)].to(device)

@@ -26,6 +26,7 @@ from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.exchange.schemas import SearchStage
 from opmix_dist.logs import set_up_logging
 from opmix_dist.pool.status import StatusWriter
+from opmix_dist.pool.team import require_whole_teams
 from opmix_dist.pool.worker import oldest_open_search
 from opmix_dist.process import die_with_parent
 from opmix_dist.settings import to_yaml
@@ -162,5 +163,6 @@ def run_pool(run_dir: Path) -> None:
     config = run.config()
     if not config.pool.external:
         raise UserError(f"{run.config_file} does not set pool.external: its pool is in its own launch")
+    require_whole_teams(config.pool.ranks_per_model, size)
     config = config.model_copy(update={"run_dir": str(run_dir)})
     Supervisor(run, config, Placement(Role.POOL, rank, size)).supervise()

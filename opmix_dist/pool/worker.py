@@ -26,7 +26,11 @@ def oldest_open_search(run: RunDir) -> SearchDir | None:
 
 
 def work(run: RunDir, config: RunConfig, rank: int, size: int) -> None:
-    """Answer requests until the run has ended (summary.json). All pool ranks run this."""
+    """Answer requests until the run has ended (summary.json). All pool ranks run this.
+
+    Raises:
+        BrokenTeamError: the process is to end, so that the supervisors start all workers again.
+    """
     from opmix_dist.determinism import use_deterministic_kernels
     from opmix_dist.distributed import Placement, Role, World
     from opmix_dist.pool.run_search import Searcher
@@ -61,13 +65,18 @@ def main() -> None:
     """``python -m opmix_dist.pool.worker RANK SIZE``, the configuration on standard input: started by the
     supervisor."""
     from opmix_dist.logs import set_up_logging
+    from opmix_dist.pool.errors import BrokenTeamError
     from opmix_dist.process import die_with_parent, end_process
 
     die_with_parent()
     rank, size = int(sys.argv[1]), int(sys.argv[2])
     set_up_logging(f"pool {rank}")
     config = check_config(yaml.safe_load(sys.stdin.read()))
-    work(RunDir(config.run_dir), config, rank, size)
+    try:
+        work(RunDir(config.run_dir), config, rank, size)
+    except BrokenTeamError as error:  # without finalisation, which might wait for the others of the team
+        log.error("pool worker %d ends: %s", rank, error)
+        end_process(1)
     end_process(0)
 
 

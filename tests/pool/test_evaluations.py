@@ -15,6 +15,7 @@ from opmix_dist.distributed import World
 from opmix_dist.models.loss import losses_by_domain
 from opmix_dist.pool.early_stop import EarlyStop
 from opmix_dist.pool.evaluations import Evaluations, Evaluator, Measurement, Work, identity_of
+from opmix_dist.pool.team import ALONE, Crew, Team
 from opmix_dist.search.problem import Problem
 from tests.helpers import random_tokens
 from tests.pool.searches import alone
@@ -32,7 +33,9 @@ class Simulation:
         self.calls: list[np.ndarray] = []
         self.fails_at = fails_at
 
-    def __call__(self, rows: np.ndarray, gradients: bool, stopping: EarlyStop | None) -> Measurement:
+    def __call__(
+        self, rows: np.ndarray, gradients: bool, stopping: EarlyStop | None, team: Team = ALONE
+    ) -> Measurement:
         if len(self.calls) == self.fails_at:
             raise KeyboardInterrupt
         self.calls.append(rows)
@@ -53,7 +56,9 @@ def evaluator_of(
         HELDOUT,
         2,
         world=world,
+        crew=Crew(ALONE, ALONE),
         joint=3,
+        passes=lambda gradients: 1,
         together=lambda work: work(),
         simulate=simulation,
         **options,
@@ -82,10 +87,10 @@ def whole(tmp_path: Path) -> Evaluations:
 def test_a_second_attempt_evaluates_only_what_is_missing(tmp_path: Path, whole: Evaluations) -> None:
     with pytest.raises(KeyboardInterrupt):
         evaluate(tmp_path / "e", Simulation(fails_at=2))
-    assert len(list((tmp_path / "e").iterdir())) == 6, "two groups of three"
+    assert len(list((tmp_path / "e").iterdir())) == 5, "groups of three and two"
     second = Simulation()
     again = evaluate(tmp_path / "e", second)
-    assert second.simulated == 1
+    assert second.simulated == 2
     np.testing.assert_array_equal(again.sums, whole.sums)
     third = Simulation()
     np.testing.assert_array_equal(evaluate(tmp_path / "e", third).sums, whole.sums)
@@ -99,7 +104,7 @@ def test_a_group_is_simulated_as_it_was(tmp_path: Path, whole: Evaluations) -> N
     path.unlink()
     second = Simulation()
     np.testing.assert_array_equal(evaluate(tmp_path / "e", second).sums, whole.sums)
-    assert second.simulated in (1, 3)
+    assert second.simulated in (2, 3)
     lonely = Simulation()
     alone_again = evaluate(tmp_path / "f", lonely, U[:1])
     assert not np.array_equal(alone_again.sums[0], whole.sums[0]), "the simulation shows no grouping"
@@ -216,7 +221,9 @@ def stopping(confidence: float = 0.9) -> EarlyStop:
 class Stopped(Simulation):
     """Stops every other candidate of a group after the samples 0 and 3."""
 
-    def __call__(self, rows: np.ndarray, gradients: bool, stopping: EarlyStop | None) -> Measurement:
+    def __call__(
+        self, rows: np.ndarray, gradients: bool, stopping: EarlyStop | None, team: Team = ALONE
+    ) -> Measurement:
         sums, _, slopes = super().__call__(rows, gradients, stopping)
         if stopping is None:
             return sums, None, slopes
@@ -228,13 +235,13 @@ class Stopped(Simulation):
 @pytest.mark.parametrize("killed_at", [0, 1, 2])
 def test_an_attempt_with_stopped_candidates_goes_on_to_the_same(tmp_path: Path, killed_at: int) -> None:
     whole = evaluate(tmp_path / "whole", Stopped(), stopping=stopping())
-    assert whole.stopped.tolist() == [True, False, True, True, False, True, True]
+    assert whole.stopped.tolist() == [True, False, True, True, False, True, False]
     assert whole.targets_seen[0].tolist() == [7, 7], "of 21 and 14"
     with pytest.raises(KeyboardInterrupt):
         evaluate(tmp_path / "e", Stopped(fails_at=killed_at), stopping=stopping())
     second = Stopped()
     again = evaluate(tmp_path / "e", second, stopping=stopping())
-    assert second.simulated == len(U) - 3 * killed_at
+    assert second.simulated == len(U) - (0, 3, 5)[killed_at]
     for name in ("sums", "seen", "reference"):
         np.testing.assert_array_equal(getattr(again, name), getattr(whole, name))
 
@@ -298,11 +305,11 @@ def test_work_is_counted_by_samples_and_kind(tmp_path: Path) -> None:
     with alone() as world:
         evaluator = evaluator_of(tmp_path / "e", Stopped(), world, on_progress=ticks.append)
         evaluator.evaluate(U, stopping=stopping())
-        assert evaluator.work[False] == Work(candidates=7, samples=2 * 5 + 5 * 2)
+        assert evaluator.work[False] == Work(candidates=7, samples=3 * 5 + 4 * 2)
         evaluator.evaluate(U[:1])
-        assert evaluator.work[False] == Work(candidates=8, samples=25), "in full is another evaluation"
+        assert evaluator.work[False] == Work(candidates=8, samples=28), "in full is another evaluation"
         evaluator.evaluate(U[:1], gradients=True)
         assert evaluator.work[True] == Work(candidates=1, samples=5)
         evaluator.evaluate(U[:1])
-        assert evaluator.work[False] == Work(candidates=8, samples=25)
+        assert evaluator.work[False] == Work(candidates=8, samples=28)
     assert sum(ticks) == 5, "the last one was read"

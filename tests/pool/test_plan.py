@@ -54,20 +54,22 @@ def test_on_a_cpu_sizes_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     plan = planner(tmp_path, trials()).decide(gradients=False)
     assert (plan.method, plan.joint, plan.batch_size) == ("merge", 1, 16), "384 tokens, layers of 32 x 48"
     plan = planner(tmp_path, trials(), method="lowrank").decide(gradients=True)
-    assert (plan.joint, plan.batch_size, plan.gradient_batch_size) == (4, 16, 16), "as it always was"
+    assert (plan.joint, plan.batch_size, plan.gradient_batch_size) == (3, 16, 16), "12 make four groups"
     # T = 16, V = 64, d = 32, MLP 48: 4 * 16 * (3 * 64 + 320 + 192) = 45,056 bytes a sample, with two blocks'
     # activations 4 * 16 * (3 * 64 + 2 * 512) = 77,824
     monkeypatch.setattr("opmix_dist.pool.plan.CPU_BYTES", 10 * 45_056 + 1)
     (tmp_path / "evaluation.json").unlink()
     plan = planner(tmp_path, trials(), method="lowrank").decide(gradients=True)
-    assert (plan.method, plan.joint, plan.batch_size, plan.gradient_batch_size) == ("lowrank", 4, 2, 5)
+    assert (plan.method, plan.joint, plan.batch_size, plan.gradient_batch_size) == ("lowrank", 3, 3, 5)
 
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
         ({"batch_size": 3, "joint": 2}, (2, 3)),
-        ({"batch_size": 3}, (4, 3)),
+        ({"batch_size": 3}, (3, 3)),
+        ({"batch_size": 3, "count": 40}, (4, 3)),
+        ({"batch_size": 3, "count": 5}, (2, 3)),
         ({"joint": 2}, (2, 16)),
         ({"joint": 64}, (64, 1)),
         ({"method": "merge", "joint": 8}, (1, 16)),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opmix_dist.data.batch import TokenBatch
-from opmix_dist.pool.stream import parts_on, stratified_order
+from opmix_dist.pool.stream import parts_of, parts_on, stratified_order
 from tests.helpers import random_tokens, uneven_batch
 
 
@@ -35,7 +35,7 @@ def test_any_first_part_has_each_domain_in_proportion(counts: list[int]) -> None
 
 def test_parts_are_the_samples_of_their_rows() -> None:
     samples, order = uneven_batch(0, 7, 12, mask_documents=True), np.array([6, 0, 3, 1, 5])
-    parts = list(parts_on(torch.device("cpu"), samples, order, 2))
+    parts = list(parts_on(torch.device("cpu"), samples, parts_of(order, 2)))
     assert [rows.tolist() for rows, _ in parts] == [[6, 0], [3, 1], [5]]
     together = TokenBatch.cat([part for _, part in parts])
     for ours, theirs in (
@@ -50,4 +50,4 @@ def test_parts_are_the_samples_of_their_rows() -> None:
 
 def test_no_rows_are_no_parts() -> None:
     samples = TokenBatch.of_tokens(random_tokens(0, 3, 4))
-    assert list(parts_on(torch.device("cpu"), samples, np.arange(0), 2)) == []
+    assert list(parts_on(torch.device("cpu"), samples, parts_of(np.arange(0), 2))) == []
