@@ -60,6 +60,9 @@ class MixturePolicy(ABC):
     @abstractmethod
     def _decide(self, state: TrainerState, recorded: Mapping[int, MixtureRecord]) -> MixtureRecord | None: ...
 
+    def end(self, recorded: Mapping[int, MixtureRecord]) -> None:  # noqa: B027  (most have nothing open)
+        """Collective, after the last step: nothing that is still open can be of use to this run."""
+
     def close(self) -> None:  # noqa: B027  (most policies hold nothing)
         """Called once after the last step."""
 
@@ -199,6 +202,20 @@ class OpMixPolicy(MixturePolicy):
         status = self.search.status() if self.around.world.is_leader else None
         final = [float(status is not None and status.stage.final)] if self.around.world.is_leader else None
         return bool(self.around.world.share(final)[0])
+
+    def end(self, recorded: Mapping[int, MixtureRecord]) -> None:
+        """``async``: no search is requested any more, since no step could follow its answer. A snapshot that
+        is being written will be complete nevertheless: the export waits for it."""
+        if not self._asked or any(r.search == self.SEARCH for r in recorded.values()):
+            return
+        if self.around.world.is_leader:
+            writing = self._asked_at is not None
+            log.warning(
+                "search %s has changed nothing: the run has ended before %s; lower search.start_fraction, or "
+                "set search.mode to sync",
+                self.SEARCH,
+                "its snapshot was written" if writing else "its answer was there",
+            )
 
     @property
     def _inline(self) -> bool:

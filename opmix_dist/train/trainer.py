@@ -78,6 +78,7 @@ class Trainer:
                     self.evaluate()
                 for callback in self.callbacks:
                     callback.on_step(self, line)
+            self.policy.end(self.recorded)
             last = self.evaluate()
             for callback in self.callbacks:
                 callback.on_end(self)

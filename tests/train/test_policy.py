@@ -6,16 +6,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from opmix_dist.config import check_config
 from opmix_dist.data.catalogue import Catalogue
 from opmix_dist.data.mixtures import chosen_mixture
 from opmix_dist.data.sampler import MixtureSampler
-from opmix_dist.exchange.schemas import SearchStage, SearchStatus
+from opmix_dist.distributed import Placement, Role, World
+from opmix_dist.engines.build import build_engine
+from opmix_dist.exchange import files
+from opmix_dist.exchange.rundir import RunDir
+from opmix_dist.exchange.schemas import MixtureRecord, SearchStage, SearchStatus
+from opmix_dist.ledger import Ledger
+from opmix_dist.models.source import ModelSource
 from opmix_dist.pool.requests import share_caps
 from opmix_dist.train import policy
-from opmix_dist.train.policy import Pulse
+from opmix_dist.train.model_writer import ModelWriter
+from opmix_dist.train.policy import OpMixPolicy, Pulse, Surroundings
+from opmix_dist.train.state import TrainerState
 from tests.conftest import DOMAINS
+from tests.helpers import tiny_llama_config
 from tests.train.jobs import BATCH, LENGTH, tiny_config
 
 
@@ -107,3 +117,38 @@ def test_a_pulse_counts_from_the_last_change(monkeypatch: pytest.MonkeyPatch) ->
     now[0] += 50.0
     pulse.restart()
     assert pulse.silence(beats[1]) == 0.0
+
+
+@pytest.mark.parametrize("is_written", [False, True])
+def test_a_run_that_ends_first_says_so_and_its_snapshot_is_whole(
+    catalogue: Catalogue, tmp_path: Path, caplog: pytest.LogCaptureFixture, is_written: bool
+) -> None:
+    """``async``, with a pool without an answer; the last step comes while the snapshot is being written, or
+    after."""
+    config = check_config(tiny_config(catalogue.root, tmp_path / "run", search={"mode": "async"}))
+    run, world = RunDir(config.run_dir), World(Placement(Role.TRAINER, 0, 1), torch.device("cpu"))
+    source = ModelSource(tiny_llama_config(vocab_size=512), seed=0)
+    engine = build_engine(config, source, world, LENGTH)
+    writer = ModelWriter(world, engine, source)
+    ledger = Ledger(1)
+    around = Surroundings(run, config, world, writer, catalogue, ledger, lambda search, status: None)
+    asking = OpMixPolicy(around)
+    weights = dict.fromkeys(DOMAINS, 1 / 3)
+    state = TrainerState(
+        step=4, weights=weights, domain_tokens=dict.fromkeys(DOMAINS, 0), content={}, world_size=1,
+        global_batch_size=BATCH,
+    )  # fmt: skip
+    assert asking.decide(state, {}) is None
+    while is_written and not run.search("0001").request_file.exists():
+        assert asking.decide(state, {}) is None
+    if not is_written:
+        asking._asked_at = state  # the writing thread may have been quicker
+    asking.end({})
+    before = "answer was there" if is_written else "snapshot was written"
+    assert f"the run has ended before its {before}; lower search.start_fraction" in caplog.text
+    assert writer.write(run.export, dtype=torch.float32, marker={"step": 16}) == ""
+    assert files.is_complete(run.snapshot(4))
+    decided = MixtureRecord(version=1, step=5, weights=weights, why="", search="0001")
+    caplog.clear()
+    asking.end({5: decided})
+    assert not caplog.text
