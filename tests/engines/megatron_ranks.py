@@ -14,20 +14,17 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from opmix_dist.config import CheckpointConfig, EngineConfig, OptimizerConfig
+from opmix_dist.config import EngineConfig, OptimizerConfig
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import Placement, World
-from opmix_dist.engines.base import KINDS, Engine
+from opmix_dist.engines.base import KINDS, Engine, NonFiniteError
 from opmix_dist.engines.build import ENGINES
-from opmix_dist.engines.fsdp import FSDPEngine
 from opmix_dist.engines.megatron import MegatronEngine
 from opmix_dist.engines.megatron.cpu import cpu_in_place_of_cuda
-from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.models.source import ModelSource
 from opmix_dist.process import end_process
-from opmix_dist.train.checkpoint import Checkpointer
 from opmix_dist.train.model_writer import ModelWriter
-from tests.engines.ranks import BATCH, LENGTH, LR, MICRO, SAVED, STEPS, heldout, raised, report, saved, train
+from tests.engines.ranks import BATCH, LENGTH, LR, MICRO, STEPS, heldout, report, train
 from tests.helpers import random_batch, tiny_llama_config, uneven_batch
 
 SIZES = {
@@ -73,23 +70,13 @@ CASES: dict[int, dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
         "pipeline x replicas": ("llama", {}, {"pipeline_parallel": 2}),
     },
 }
-# Whose checkpoints the others continue: all of the model "llama".
-WRITERS: dict[int, dict[str, dict[str, Any]]] = {
-    2: {
-        "fsdp": {"name": "fsdp"},
-        "pipeline": {"megatron": {"pipeline_parallel": 2}},
-        "tensor": {"megatron": {**TENSOR, "sequence_parallel": True}},
-    },
-    4: {"tensor x pipeline": {"megatron": {"tensor_parallel": 2, "pipeline_parallel": 2}}},
-}
 
 
-def build(world: World, model: str, config: dict[str, Any], seed: int = 3) -> Engine:
-    kind = FSDPEngine if config.get("name") == "fsdp" else MegatronEngine
-    return kind(
-        ModelSource(MODELS[model], seed=seed),
+def build(world: World, model: str, config: dict[str, Any]) -> MegatronEngine:
+    return MegatronEngine(
+        ModelSource(MODELS[model], seed=3),
         world,
-        config=EngineConfig(**{"name": "megatron", **config}),
+        config=EngineConfig(name="megatron", **config),
         optimizer=OptimizerConfig(lr=LR),
         sequence_length=LENGTH,
     )
@@ -156,56 +143,37 @@ def logits(engine: Engine, batch: TokenBatch) -> Tensor | None:
     return whole[..., : engine.hf_config.vocab_size] if engine.replica.counts else None
 
 
-def resumed(world: World, run: Path, config: dict[str, Any]) -> list[list[float]]:
-    """Four steps more from a checkpoint of whatever engine."""
-    engine = build(world, "llama", config, seed=4)
-    state = Checkpointer(RunDir(run), CheckpointConfig(), world).load(engine, SAVED)
-    assert engine.optimizer_steps == SAVED
-    return train(engine, state.step, 2 * SAVED)
-
-
-def write(world: World, out: Path) -> dict[str, Any]:
-    """A checkpoint of each layout, and the four steps after it."""
-    found = {}
-    for name, config in WRITERS[world.size].items():
-        engine = build(world, "llama", config)
-        checkpointer, _ = saved(world, engine, out / "runs" / name)
-        found[name] = train(engine, SAVED, 2 * SAVED)
-        checkpointer.wait()
-    return found
-
-
-def passed_on(world: World, out: Path) -> list[list[float]]:
-    """The steps after FSDP2's checkpoint: four by Megatron, and four by FSDP2 again."""
-    config = CheckpointConfig()
-    middle = build(world, "llama", WRITERS[2]["tensor"], seed=5)
-    state = Checkpointer(RunDir(out / "runs" / "fsdp"), config, world).load(middle, SAVED)
-    steps = train(middle, SAVED, 2 * SAVED)
-    state.step = 2 * SAVED
-    checkpointer = Checkpointer(RunDir(out / "passed_on"), config, world)
-    checkpointer.save(middle, state)
-    checkpointer.wait()
-    last = build(world, "llama", {"name": "fsdp"}, seed=6)
-    checkpointer.load(last, 2 * SAVED)
-    return steps + train(last, 2 * SAVED, 3 * SAVED)
-
-
 def non_finite(world: World, megatron: dict[str, Any]) -> dict[str, Any]:
-    """A step, then one with a NaN in one number of one rank: all ranks raise, and none changes its
-    parameters. Then the number is as it was, and a step more."""
+    """A step, then one with a NaN in one number of one rank, and one whose losses are finite and one gradient
+    of one rank is not: all ranks raise, and none changes its parameters. Then a step more, as if nothing had
+    been."""
     engine = build(world, "llama", {"megatron": megatron})
     train(engine, 0, 1)
     before = whole(engine)
-    numbers = next(iter(engine._parameters.values())).data.view(-1)
+    parameter = next(iter(engine._parameters.values()))
+    numbers = parameter.data.view(-1)
     number = numbers[0].item()
     if world.rank == 0:
         numbers[0] = float("nan")
-    error = raised(engine, uneven_batch(0, MICRO * engine.replica.size, LENGTH))
+    batch = uneven_batch(0, MICRO * engine.replica.size, LENGTH)
+    messages = [raised_message(engine, batch)]
     numbers[0] = number
+    hook = parameter.register_hook(lambda gradient: gradient * (1.0 if world.rank else float("inf")))
+    messages.append(raised_message(engine, batch))
+    hook.remove()
     after = whole(engine)
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     steps = engine.optimizer_steps
-    return {"error": error, "moved": moved, "steps": steps, "next": train(engine, 1, 2)}
+    return {"messages": messages, "moved": moved, "steps": steps, "next": train(engine, 1, 2)}
+
+
+def raised_message(engine: Engine, batch: TokenBatch) -> str:
+    """Of the NonFiniteError that a step on ``batch`` ends in."""
+    try:
+        engine.train_step(batch.split(MICRO), lr=LR)
+    except NonFiniteError as error:
+        return str(error)
+    return ""
 
 
 def whole(engine: Engine) -> dict[str, Tensor]:
@@ -215,7 +183,7 @@ def whole(engine: Engine) -> dict[str, Tensor]:
 def exported(world: World, folder: Path) -> list[float]:
     """A trained model written by all ranks; its held-out losses."""
     source = ModelSource(MODELS["llama"], seed=3)
-    engine = build(world, "llama", WRITERS[4]["tensor x pipeline"])
+    engine = build(world, "llama", {"megatron": {"tensor_parallel": 2, "pipeline_parallel": 2}})
     train(engine, 0, 2)
     writer = ModelWriter(world, engine, source)
     assert writer.write(folder, dtype=torch.float32, marker={"step": 2}) == ""
@@ -227,20 +195,12 @@ def everything(world: World, out: Path) -> None:
     untouched = torch.cuda.current_device
     found: dict[str, Any] = {name: curve(world, *case) for name, case in CASES[world.size].items()}
     report(world, out / f"curves_{world.size}.json", found)
-    report(world, out / f"written_{world.size}.json", write(world, out))
-    runs = sorted((out / "runs").iterdir())
-    found = {
-        reader: {run.name: resumed(world, run, config) for run in runs}
-        for reader, config in WRITERS[world.size].items()
-    }
-    report(world, out / f"resumed_{world.size}.json", found)
     cases = {name: case for name, case in CASES[world.size].items() if not case[1].get("param_dtype")}
     found = {name: mapping(world, model, megatron) for name, (model, _, megatron) in cases.items()}
     report(world, out / f"mapped_{world.size}.json", found)
     if world.size == 4:
         report(world, out / "exported.json", exported(world, out / "hf"))
     else:
-        report(world, out / "passed_on.json", passed_on(world, out))
         layouts: list[dict[str, Any]] = [TENSOR, {"pipeline_parallel": 2}, {}]
         (out / f"raised_{world.rank}.json").write_text(
             json.dumps([non_finite(world, layout) for layout in layouts])

@@ -1,4 +1,4 @@
-"""What the ranks of test_engines.py do: ``python -m tests.engines.ranks NAME FOLDER`` under torchrun.
+"""What the ranks of test_engines.py do: ``python -m tests.engines.ranks FOLDER`` under torchrun.
 
 One launch does as much as it can: to import everything takes longer than any of it.
 """
@@ -41,7 +41,8 @@ MODELS: dict[str, PretrainedConfig] = {
     "even": LlamaConfig(hidden_size=24, intermediate_size=48, vocab_size=72, **SHARED),
     "qwen3": Qwen3Config(hidden_size=32, intermediate_size=48, head_dim=8, vocab_size=64, **SHARED),
 }
-# By number of ranks: model and settings of the engine, besides its name, which is single on one rank.
+# By number of ranks: model and settings of the engine, besides its name, which is single on one rank. Layouts
+# without further settings are in test_resume_matrix.py.
 CASES: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {
     1: {
         **{f"single, {name}": (name, {"name": "single"}) for name in MODELS},
@@ -49,7 +50,6 @@ CASES: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {
         "full": ("llama", {"name": "single", "activation_checkpointing": "full"}),
     },
     2: {
-        "fsdp": ("llama", {}),
         "offload, full": ("llama", {"fsdp": {"cpu_offload": True}, "activation_checkpointing": "full"}),
         "head in chunks": ("llama", {"logits_memory": HEAD_CHUNK}),
         "selective": ("even", {"reshard_after_forward": False, "activation_checkpointing": "selective"}),
@@ -57,20 +57,14 @@ CASES: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {
         "tensor, loss": ("llama", {"fsdp": {"tensor_parallel": 2, "loss_parallel": True}}),
         "bfloat16": ("llama", {"param_dtype": "bfloat16"}),
     },
-    3: {"uneven": ("llama", {}), "even": ("even", {})},
+    3: {"even": ("even", {})},
     4: {
-        "replicas": ("llama", {"fsdp": {"replicas": 2}}),
         "tensor x shard": ("qwen3", {"fsdp": {"tensor_parallel": 2}}),
         "tensor x replicas": ("llama", {"fsdp": {"tensor_parallel": 2, "replicas": 2}}),
     },
 }
-# Whose checkpoints the others continue: all of one model.
-WRITERS: dict[int, dict[str, dict[str, Any]]] = {
-    1: {"single": {"name": "single"}},
-    2: {"fsdp2": {}, "tensor2": {"fsdp": {"tensor_parallel": 2}}},
-    3: {"fsdp3": {}},
-    4: {"hsdp4": {"fsdp": {"replicas": 2}}, "tensor2 x fsdp2": {"fsdp": {"tensor_parallel": 2}}},
-}
+RESUMED: dict[int, dict[str, Any]] = {1: {"name": "single"}, 2: {}}
+"""Settings of the engine, by number of ranks."""
 
 
 def build(world: World, source: ModelSource, config: dict[str, Any]) -> Engine:
@@ -129,8 +123,6 @@ def everything(world: World, out: Path) -> None:
         packs = [packed(world, attention) for attention in ("sdpa", "eager")[: world.size]]
         report(world, out / f"packed_{world.size}.json", packs)
         report(world, out / f"exported_{world.size}.json", exported(world, out / f"hf_{world.size}"))
-    write(world, out)
-    continue_all(world, out)
     if world.size == 2:  # last: it leaves a model of NaN
         (out / f"raised_{world.rank}.json").write_text(json.dumps(non_finite(world)))
 
@@ -145,11 +137,11 @@ def exact(world: World, out: Path) -> dict[str, Any]:
     """Four steps, a checkpoint, four more; the same four from the checkpoint; written in both modes."""
     found = {}
     for mode in ("asynchronous", "synchronous"):
-        engine = build(world, fresh("llama"), next(iter(WRITERS[world.size].values())))
+        engine = build(world, fresh("llama"), RESUMED[world.size])
         checkpointer, _ = saved(world, engine, out / f"{mode}_{world.size}", mode == "asynchronous")
         rest = train(engine, SAVED, 2 * SAVED)
         checkpointer.wait()
-        again = resumed(world, out / f"{mode}_{world.size}", next(iter(WRITERS[world.size].values())))
+        again = resumed(world, out / f"{mode}_{world.size}", RESUMED[world.size])
         found[mode] = [rest, again]
     return found
 
@@ -179,21 +171,6 @@ def resumed(world: World, run: Path, config: dict[str, Any]) -> list[list[float]
     state = checkpointer.load(engine, newest)
     assert engine.optimizer_steps == SAVED
     return train(engine, state.step, 2 * SAVED)
-
-
-def write(world: World, out: Path) -> None:
-    for name, config in WRITERS[world.size].items():
-        saved(world, build(world, fresh("llama"), config), out / "runs" / name)[0].wait()
-
-
-def continue_all(world: World, out: Path) -> None:
-    """Every layout of this number of ranks continues every checkpoint that is there."""
-    runs = sorted((out / "runs").iterdir())
-    found = {
-        reader: {run.name: resumed(world, run, config) for run in runs}
-        for reader, config in WRITERS[world.size].items()
-    }
-    report(world, out / f"resumed_{world.size}.json", found)
 
 
 def raised(engine: Engine, batch: TokenBatch) -> str:
@@ -267,8 +244,6 @@ def report(world: World, path: Path, found: object) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     joined = World.join(Placement.from_environment(pool_ranks=0), device="cpu", timeout_s=120)
-    {command.__name__: command for command in (everything, continue_all)}[sys.argv[1]](
-        joined, Path(sys.argv[2])
-    )
+    everything(joined, Path(sys.argv[1]))
     joined.leave()
     end_process(0)

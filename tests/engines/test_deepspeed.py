@@ -19,6 +19,7 @@ from opmix_dist.distributed import Placement, Role, World
 from opmix_dist.engines.base import KINDS
 from opmix_dist.engines.deepspeed import DeepSpeedEngine, _require_accepted
 from opmix_dist.engines.deepspeed_config import deepspeed_settings
+from opmix_dist.engines.deepspeed_files import require_nvme
 from opmix_dist.engines.single import SingleEngine
 from opmix_dist.errors import UserError
 from opmix_dist.models.source import ModelSource
@@ -135,6 +136,25 @@ def test_native_checkpoint_is_the_common_one_after_conversion(out: Path, tmp_pat
         for name, expected in common[kind].items():
             found = torch.load(tmp_path / "zero" / name / f"{file}.pt", weights_only=True)["param"]
             assert torch.equal(found.view_as(expected), expected), (kind, name)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("stage", ["stage 2", "stage 3"])
+def test_native_checkpoints_that_a_rank_cannot_write_stop_nobody(
+    out: Path, single: dict[str, dict[str, Any]], stage: str
+) -> None:
+    for rank in range(TRAINERS):
+        found = read(out, f"native_{rank}")[stage]
+        assert found["found"] == [[False, False], [False, False], [True, True]]
+        assert_same_curve(found["after"], single["llama"]["steps"][1:2], rtol=1e-5)
+
+
+def test_nvme_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CC", "false")
+    nvme = {"stage": 2, "offload_optimizer": "nvme", "nvme_path": str(tmp_path)}
+    with pytest.raises(UserError, match="offload_optimizer nvme needs DeepSpeed's async_io, which does not"):
+        require_nvme(settings(deepspeed=nvme))
+    require_nvme(settings(deepspeed={"stage": 2, "offload_optimizer": "cpu"}))
 
 
 def settings(user: Any = None, **engine: Any) -> dict[str, Any]:
