@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -192,7 +193,9 @@ def report(times: dict[str, Times]) -> str:
         "# How long a snapshot holds training up",
         "`python -m benchmarks.snapshot_stall`. Medians over rounds of three steps and a snapshot; two ranks "
         "(single: one), a thread each, float32 files.",
-        describe("torch", "transformers", "deepspeed", "megatron-core"),
+        describe("torch", "transformers", "deepspeed", "megatron-core")
+        + f", load average {os.getloadavg()[1]:.0f} at the end: above the number of cores, seconds are "
+        "longer than on a free machine, and ratios are of the same minutes.",
         table(head, rows),
     ]
     return "\n\n".join(lines) + "\n"
