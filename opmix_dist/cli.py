@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -196,19 +197,27 @@ def _prepare(arguments: argparse.Namespace, rest: list[str]) -> None:
     prepare(PrepareConfig(domains=parse_domains(texts), chat_domains=tuple(chats), **given))
 
 
-def _train(arguments: argparse.Namespace, rest: list[str]) -> None:
+def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     from opmix_dist.config import load_config
     from opmix_dist.settings import to_yaml
 
     config = load_config(arguments.config, rest)
     if arguments.print_config:
         print(to_yaml(config, documented=True), end="")
-        return
+        return 0
     from opmix_dist.train.job import run_job
 
-    run_job(config)
-    if os.environ.get("RANK", "0") == "0":
+    stopped = run_job(config)
+    leads = os.environ.get("RANK", "0") == "0"
+    if stopped is not None:
+        if leads:
+            print(f"opmix: {config.run_dir} was {stopped.text}", file=sys.stderr)
+        # torchrun would start ranks that fail again, or end the others while they still write; what
+        # started torchrun reads RUN/stopped.json
+        return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 128 + signal.Signals[stopped.signal]
+    if leads:
         _write_report(config.run_dir)
+    return 0
 
 
 def _write_report(run_dir: str) -> None:

@@ -53,22 +53,36 @@ from opmix_dist.pool.status import StatusWriter
 from opmix_dist.search.ask_tell import MixtureSearch, SearchResult
 from opmix_dist.search.feasibility import require_feasible_shares
 from opmix_dist.search.problem import Problem
+from opmix_dist.stopping import StopRequested, StopSignals
 
 log = logging.getLogger(__name__)
 
 # Failures whose message is for the user; any other exception is logged with its traceback too.
 EXPECTED = (SearchError, UserError, ValueError, OSError)
+_STOPPED = "asked to stop"
 
 
 class Searcher:
-    """Answers requests. Every method is collective over the ranks of ``world``."""
+    """Answers requests. Every method is collective over the ranks of ``world``.
 
-    def __init__(self, run: RunDir, config: SharedConfig, world: World) -> None:
+    Args:
+        stop: signals that end a search on the trainers' own ranks; a pool's workers are just killed.
+    """
+
+    def __init__(
+        self, run: RunDir, config: SharedConfig, world: World, *, stop: StopSignals | None = None
+    ) -> None:
         self.run, self.config, self.world = run, config, world
+        self._stop, self._working = stop, False
 
     def answer(self, search: SearchDir) -> None:
-        """Write proposal.json and status ``proposed``, or status ``failed`` with the reason."""
-        status = StatusWriter(search, writes=self.world.is_leader)
+        """Write proposal.json and status ``proposed``, or status ``failed`` with the reason.
+
+        Raises:
+            StopRequested: on all ranks, as soon as those that were asked have met the others. What is done is
+                on disk; the next attempt goes on from it.
+        """
+        status = StatusWriter(search, writes=self.world.is_leader, on_beat=self._stop_if_asked)
         try:
             _Search(self, search, status).run()
         except PeerError as error:
@@ -88,13 +102,28 @@ class Searcher:
         """
         failure = None
         try:
+            self._working = True
             work()
+        except StopRequested:
+            failure = _STOPPED
         except EXPECTED as error:
             failure = str(error) or type(error).__name__
         except Exception as error:
             log.exception("search failed on %s rank %d", self.world.role, self.world.rank)
             failure = f"{type(error).__name__}: {error}"
-        self.world.agree(failure)
+        finally:
+            self._working = False
+        try:
+            self.world.agree(failure)
+        except PeerError as error:
+            if str(error).endswith(_STOPPED):
+                raise StopRequested from None
+            raise
+
+    def _stop_if_asked(self) -> None:
+        """Between two pieces of work that do not communicate; elsewhere the other ranks would wait."""
+        if self._working and self._stop is not None and self._stop.received:
+            raise StopRequested
 
 
 class _Search:

@@ -38,7 +38,7 @@ class Callback:
         """After the last step and the last evaluation; every rank. May communicate."""
 
     def on_stop(self, trainer: Trainer) -> None:
-        """The data allow no further step, and the run is about to fail; every rank. May communicate."""
+        """The run ends before its last step, as asked or for want of data; every rank. May communicate."""
 
     def close(self) -> None:
         """The loop was left, by its end or by an error."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from datetime import UTC, datetime
 
 import numpy
 import torch
@@ -22,7 +23,7 @@ from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
 from opmix_dist.exchange.opening import open_run
 from opmix_dist.exchange.rundir import RunDir, write_record
-from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, Summary
+from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, Stopped, Summary
 from opmix_dist.ledger import Ledger
 from opmix_dist.logs import set_up_logging
 from opmix_dist.models.build import check_tokenizer
@@ -33,6 +34,7 @@ from opmix_dist.pool.requests import check_components
 from opmix_dist.pool.supervisor import Supervisor
 from opmix_dist.process import die_with_parent
 from opmix_dist.seeds import derive_seed
+from opmix_dist.stopping import StopRequested, StopSignals, name_of, tell_launch
 from opmix_dist.train.callbacks import (
     Callback,
     CheckpointCallback,
@@ -50,8 +52,11 @@ from opmix_dist.train.trainer import Trainer
 log = logging.getLogger(__name__)
 
 
-def run_job(config: RunConfig) -> None:
-    """Every rank of the launch calls this.
+def run_job(config: RunConfig) -> Stopped | None:
+    """Every rank of the launch calls this, in its main thread.
+
+    Returns:
+        None when the run has ended; else how a trainer rank was stopped, on request.
 
     Raises:
         UserError: anything in the configuration, the data or the run directory that the user can mend; before
@@ -59,12 +64,14 @@ def run_job(config: RunConfig) -> None:
     """
     if has_launcher():  # a shell may end before the job that it started
         die_with_parent()
+    stop = StopSignals()
+    stop.listen()
     placement = Placement.from_environment(config.pool.ranks)
     set_up_logging(f"{placement.role} {placement.rank}")
     run = RunDir(config.run_dir)
     if placement.role is Role.POOL:
         Supervisor(run, config, placement).supervise()
-        return
+        return None
     catalogue = open_data(config.data)
     weights = chosen_mixture(config.mixture.initial, catalogue, "mixture.initial")
     for step, chosen in config.mixture.schedule.items():
@@ -75,11 +82,12 @@ def run_job(config: RunConfig) -> None:
         use_deterministic_kernels()
     world = World.join(placement, device=config.engine.device, timeout_s=config.engine.collective_timeout_s)
     try:
-        Job(run, config, world, catalogue, weights).run_to_end()
+        stopped = Job(run, config, world, catalogue, weights, stop).run_to_end()
     except BaseException:
         world.abandon()
         raise
     world.leave()
+    return stopped
 
 
 def check_config_against(config: RunConfig, catalogue: Catalogue, placement: Placement) -> None:
@@ -105,21 +113,55 @@ class Job:
     """The trainer ranks' side of a run: open the run directory, build, train, export, sum up."""
 
     def __init__(
-        self, run: RunDir, config: RunConfig, world: World, catalogue: Catalogue, weights: dict[str, float]
+        self,
+        run: RunDir,
+        config: RunConfig,
+        world: World,
+        catalogue: Catalogue,
+        weights: dict[str, float],
+        stop: StopSignals,
     ) -> None:
         self.run, self.config, self.world = run, config, world
-        self.catalogue, self.weights = catalogue, weights
+        self.catalogue, self.weights, self.stop = catalogue, weights, stop
 
-    def run_to_end(self) -> None:
+    def run_to_end(self) -> Stopped | None:
+        """Collective. None, or how the run was stopped before."""
         with open_run(self.run, self.config, self.world, RESUME_MAY_CHANGE):
             if not self._already_ended():
-                self._run()
-            elif self.world.is_leader:
+                return self._run()
+            if self.world.is_leader:
                 log.info("%s has ended already: nothing to do", self.run.path)
+            return None
 
-    def _run(self) -> None:
+    def _run(self) -> Stopped | None:
+        if self.world.is_leader:
+            self.run.stopped_file.unlink(missing_ok=True)
         trainer = self._build()
-        last = trainer.fit()
+        try:
+            with self.stop.listening_to_keyboard():
+                last = trainer.fit()
+        except StopRequested:
+            return self._say_stopped(trainer.state.step)
+        self._finish(trainer, last)
+        return None
+
+    def _say_stopped(self, step: int) -> Stopped:
+        """Collective. Write stopped.json, and let the pool ranks of this launch end."""
+        number = self.stop.agreed(self.world)
+        text = None
+        if self.world.is_leader:
+            stopped = Stopped(
+                step=step,
+                checkpoint=max(self.run.complete_checkpoints(), default=None),
+                signal=name_of(number),
+                at=datetime.now(UTC).isoformat(timespec="seconds"),
+            )
+            write_record(self.run.stopped_file, stopped)
+            tell_launch()
+            text = stopped.model_dump_json()
+        return Stopped.model_validate_json(self.world.share_text(text))
+
+    def _finish(self, trainer: Trainer, last: EvalLine) -> None:
         search_losses = trainer.losses_by_domain(self._search_samples()).loss.tolist()
         self._export()
         if self.world.is_leader:
@@ -161,7 +203,9 @@ class Job:
         recorded = self._recorded()
         check_schedule(config, recorded, state.step)
         ledger = Ledger(world.size, state.costs)
-        around = Surroundings(self.run, config, world, self.writer, catalogue, ledger, reporter.on_search)
+        around = Surroundings(
+            self.run, config, world, self.writer, catalogue, ledger, reporter.on_search, self.stop
+        )
         return Trainer(
             run=self.run,
             config=config,
@@ -175,6 +219,7 @@ class Job:
             state=state,
             recorded=recorded,
             ledger=ledger,
+            stop=self.stop,
         )
 
     def _open_source(self) -> ModelSource:
