@@ -246,6 +246,12 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     interval_steps: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="newest complete checkpoints to keep")
+    keep_every_steps: int = Field(
+        0, ge=0, description="keep checkpoints of steps that are multiples of it for good; 0: none"
+    )
+    verify: Literal["sizes", "checksums"] = Field(
+        "checksums", description="what a resume compares with what was written, before it takes a checkpoint"
+    )
     asynchronous: bool = Field(True, description="write while training goes on")
 
 

@@ -45,10 +45,12 @@ class Callback:
 
 
 class JsonlLogger(Callback):
-    """metrics/train.jsonl and metrics/eval.jsonl, on the leader."""
+    """metrics/train.jsonl and metrics/eval.jsonl, on the leader. A full disk does not end training."""
 
     def on_start(self, trainer: Trainer) -> None:
         """Drop lines of steps that a resumed run is about to do again."""
+        self.train = files.PatientLines(trainer.run.train_file)
+        self.eval = files.PatientLines(trainer.run.eval_file)
         for path in (trainer.run.train_file, trainer.run.eval_file):
             if path.exists():
                 kept = [row for row in files.read_jsonl(path) if row["step"] <= trainer.state.step]
@@ -56,10 +58,10 @@ class JsonlLogger(Callback):
 
     def on_step(self, trainer: Trainer, line: TrainLine) -> None:
         if trainer.world.is_leader:
-            files.append_jsonl(trainer.run.train_file, line.model_dump())
+            self.train.append(line.model_dump())
 
     def on_evaluation(self, trainer: Trainer, line: EvalLine) -> None:
-        files.append_jsonl(trainer.run.eval_file, line.model_dump())
+        self.eval.append(line.model_dump())
 
 
 class ProgressReporter(Callback):
