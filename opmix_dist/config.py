@@ -293,6 +293,12 @@ class PoolConfig(Section):
 class LoggingConfig(Section):
     tensorboard: bool = Field(False, description="write TensorBoard events to RUN/metrics/tensorboard")
     wandb_project: str | None = Field(None, description="W&B project; null: no W&B")
+    prometheus_port: int | None = Field(
+        None, ge=0, le=65535, description="port on the leader's node that serves metrics; 0: any; null: none"
+    )
+    prometheus_host: str = Field(
+        "127.0.0.1", description="address to serve them on; they are open to whoever reaches it"
+    )
 
 
 class SharedConfig(Section):

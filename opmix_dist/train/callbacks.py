@@ -127,7 +127,8 @@ def _scalars(line: TrainLine) -> dict[str, float]:
     return scalars | {f"train_domain/{name}": loss for name, loss in line.domain_loss.items()}
 
 
-def _require(package: str, setting: str) -> None:
+def require(package: str, setting: str) -> None:
+    """UserError where a package that ``setting`` asks for is not installed."""
     if importlib.util.find_spec(package) is None:
         raise UserError(f"{setting} needs the package {package}: install it or unset {setting}")
 
@@ -136,7 +137,7 @@ class TensorBoardLogger(Callback):
     """Losses, learning rate, speed, mixture and held-out losses as TensorBoard events, on the leader."""
 
     def __init__(self, folder: str) -> None:
-        _require("tensorboard", "logging.tensorboard")
+        require("tensorboard", "logging.tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(folder)
@@ -161,7 +162,7 @@ class WandbLogger(Callback):
     """The same in Weights & Biases, on the leader."""
 
     def __init__(self, project: str, name: str, config: dict[str, Any], folder: str) -> None:
-        _require("wandb", "logging.wandb_project")
+        require("wandb", "logging.wandb_project")
         import wandb
 
         self.run = wandb.init(project=project, name=name, config=config, dir=folder, resume="allow")
