@@ -42,10 +42,12 @@ from opmix_dist.train.callbacks import (
     ProgressReporter,
     TensorBoardLogger,
     WandbLogger,
+    require,
 )
 from opmix_dist.train.checkpoint import Checkpointer
 from opmix_dist.train.model_writer import ModelWriter
 from opmix_dist.train.policy import POLICIES, Surroundings, check_schedule
+from opmix_dist.train.ranks import check_ranks
 from opmix_dist.train.state import TrainerState
 from opmix_dist.train.trainer import Trainer
 
@@ -92,18 +94,7 @@ def run_job(config: RunConfig) -> Stopped | None:
 
 def check_config_against(config: RunConfig, catalogue: Catalogue, placement: Placement) -> None:
     """What the configuration alone cannot tell: sizes that depend on the data and the number of ranks."""
-    each = config.engine.ranks_per_replica
-    if placement.size % each:
-        raise UserError(
-            f"engine.name {config.engine.name} divides the model over {each} ranks, of which "
-            f"{placement.size} trainer rank(s) are no multiple: start others, or change the engine's settings"
-        )
-    replicas = placement.size // each
-    if config.train.global_batch_size % (config.train.micro_batch_size * replicas):
-        raise UserError(
-            f"train.global_batch_size {config.train.global_batch_size} must be a multiple of "
-            f"train.micro_batch_size x copies of the model = {config.train.micro_batch_size} x {replicas}"
-        )
+    check_ranks(config, placement.size)
     if config.mixture.policy == "opmix":
         check_components(catalogue.names)
     config.search.check_domains(catalogue.names, str(catalogue.root))
@@ -325,6 +316,18 @@ class Job:
                 plain = self.config.model_dump(mode="json")
                 callbacks.append(
                     WandbLogger(logging_config.wandb_project, self.run.path.name, plain, str(self.run.path))
+                )
+            if logging_config.prometheus_port is not None:
+                require("prometheus_client", "logging.prometheus_port")
+                from opmix_dist.train.prometheus import PrometheusExporter
+
+                callbacks.append(
+                    PrometheusExporter(
+                        self.run,
+                        self.config.train.steps,
+                        host=logging_config.prometheus_host,
+                        port=logging_config.prometheus_port,
+                    )
                 )
         callbacks.append(CheckpointCallback(checkpointer, self.config.checkpoint.interval_steps))
         return callbacks
