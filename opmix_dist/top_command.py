@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT_INTERVAL_S = 2.0
-SVG_WIDTH = 104
+WIDTH = 104
+"""Columns of a picture, and of what goes to a pipe."""
 
 
 def add_top_command(commands: argparse._SubParsersAction[Any]) -> None:
@@ -46,11 +47,13 @@ def _top(arguments: argparse.Namespace, rest: list[str]) -> None:
 
     run, screen = RunDir(arguments.run_dir), Screen()
     if arguments.svg is not None:
-        picture = Console(record=True, width=SVG_WIDTH, file=io.StringIO())
+        picture = Console(record=True, width=WIDTH, file=io.StringIO())
         picture.print(screen.draw(glance(run)))
         write_bytes(arguments.svg, picture.export_svg(title=f"opmix top {run.path.name}").encode())
         return
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
     if arguments.once or not console.is_terminal:
         console.print(screen.draw(glance(run)))
         return

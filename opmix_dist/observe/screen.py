@@ -182,8 +182,10 @@ def _mixture(seen: Glance) -> RenderableType:
     trained = {name: loss for line in seen.lines for name, loss in line.domain_loss.items()}
     heldout = seen.evaluation.loss if seen.evaluation else {}
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for header in ("domain", "", "share", "change", "training loss", "held-out loss"):
-        table.add_column(header, justify="left" if header in ("domain", "") else "right", no_wrap=True)
+    table.add_column("domain", no_wrap=True)
+    table.add_column("")
+    for header in ("share", "change", "training", "held out"):
+        table.add_column(header, justify="right", no_wrap=True)
     heaviest = sorted(now.items(), key=lambda item: -item[1])
     for name, weight in heaviest[:MOST_DOMAINS]:
         change = 100 * (weight - before.get(name, 0.0))
