@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
+from opmix_dist.bounded import read_bounded
 from opmix_dist.data.mds import import_streaming
 from opmix_dist.data.samples import HASH, INDEX_FILE, Sample, columns_fault
 from opmix_dist.data.store import TOUCH_INTERVAL_S, ShardStore, StoredFile, file_hash, one_line, size_of
@@ -225,10 +226,8 @@ def _mds_reader(local: Path, file: StoredFile, names: Sequence[str], encodings: 
 
 
 def _read_index(path: Path) -> _Index:
-    if size_of(path) > MAX_INDEX_BYTES:
-        raise UserError(f"{path} is larger than {MAX_INDEX_BYTES} bytes, which no such index is")
     try:
-        index = _Index.model_validate_json(path.read_bytes())
+        index = _Index.model_validate_json(read_bounded(path, MAX_INDEX_BYTES))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; prepare the domain again") from None
     except ValidationError as error:

@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from opmix_dist import bounded
 from opmix_dist.atomic import write_bytes, write_json
-from opmix_dist.bounded import read_bounded
 from opmix_dist.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -28,11 +28,9 @@ COMPLETE = "COMPLETE.json"
 def read_json(path: Path) -> Any:
     """Raises UserError naming the file when it is missing, too large or not JSON."""
     try:
-        return json.loads(read_bounded(path, MAX_JSON_BYTES))
+        return bounded.read_json(path, MAX_JSON_BYTES)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (ValueError, RecursionError) as error:  # also a number of more digits than Python converts
-        raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
 def append_jsonl(path: Path, *values: Any) -> None:
@@ -102,7 +100,7 @@ def read_jsonl(path: Path) -> list[Any]:
         UserError: a line before the last is not JSON; names file and line.
     """
     try:
-        lines = read_bounded(path, MAX_JSONL_BYTES).split(b"\n")
+        lines = bounded.read_bounded(path, MAX_JSONL_BYTES).split(b"\n")
     except FileNotFoundError:
         return []
     rows = []

@@ -6,8 +6,6 @@ change the manifest too.
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, Annotated
@@ -15,6 +13,8 @@ from typing import IO, Annotated
 import xxhash
 from pydantic import AfterValidator, Field, StringConstraints
 
+from opmix_dist.bounded import open_ordinary
+from opmix_dist.errors import UserError
 from opmix_dist.exchange.schemas import Record
 
 _CHUNK_BYTES = 4 << 20
@@ -83,11 +83,9 @@ class HashingStream:
 
 
 def hash_file(path: Path) -> FileDigest:
-    """Raises OSError as of reading, also where ``path`` is no ordinary file."""
+    """Raises OSError and UserError as ``open_ordinary``."""
     state, size = xxhash.xxh3_128(), 0
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(f"{path} is no ordinary file")
+    with open(open_ordinary(path), "rb", buffering=0) as file:
         while chunk := file.read(_CHUNK_BYTES):
             state.update(chunk)
             size += len(chunk)
@@ -110,6 +108,6 @@ def damage(folder: Path, manifest: Mapping[str, FileDigest], *, checksums: bool)
                 return f"{name} holds other bytes than were written"
         except FileNotFoundError:
             return f"{name} is missing"
-        except OSError as error:
+        except (OSError, UserError) as error:
             return f"{name} cannot be read: {error}"
     return None

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import TypeVar
 
-import yaml
 from pydantic import ValidationError
 
 from opmix_dist.config import RunConfig, SearchRunConfig, SharedConfig, check_config
@@ -24,7 +23,7 @@ from opmix_dist.exchange.schemas import (
     Summary,
     TrainLine,
 )
-from opmix_dist.settings import check_settings, to_yaml
+from opmix_dist.settings import check_settings, read_yaml, to_yaml
 
 R = TypeVar("R", bound=Record)
 LAUNCH = "launch"
@@ -166,7 +165,7 @@ class RunDir:
         """Of a training run, or of a search alone, which trains nothing."""
         if not self.config_file.is_file():
             raise UserError(f"{self.path} is not a run directory: it has no config.yaml")
-        data = yaml.safe_load(self.config_file.read_text())
+        data = read_yaml(self.config_file)
         return check_config(data) if "train" in data else check_settings(SearchRunConfig, data)
 
     def mixtures(self) -> list[MixtureRecord]:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from opmix_dist.bounded import read_bounded
+from opmix_dist.bounded import read_bounded, require_ordinary
 from opmix_dist.distributed import World
 from opmix_dist.errors import UserError
 from opmix_dist.exchange.manifest import FileDigest, HashingStream, Manifest, hash_file
@@ -125,7 +125,11 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class SafeReader(FileSystemReader):
-    """DCP's reader, with metadata restricted to DCP's own types."""
+    """DCP's reader, of ordinary files and with metadata restricted to DCP's own types."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.fs = _OrdinaryFiles()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         file = Path(self.path) / ".metadata"
@@ -138,6 +142,14 @@ class SafeReader(FileSystemReader):
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+class _OrdinaryFiles(FileSystem):
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        require_ordinary(Path(path))
+        with super().create_stream(path, mode) as file:
+            yield file
 
 
 class SafePlanner(DefaultLoadPlanner):
