@@ -47,19 +47,19 @@ class Cluster:
         self.folder.chmod(0o755)  # munged refuses a socket below a folder that others may not enter
         self._configure()
         self._start_munge()
-        self._run("slurmctld", "-f", self.environment["SLURM_CONF"])
+        self.run("slurmctld", "-f", self.environment["SLURM_CONF"])
         for node in self.nodes:
             self.start_node(node)
         self.wait_until(lambda: self._idle() == len(self.nodes), "all nodes idle", 30)
 
     def start_node(self, node: str) -> None:
-        self._run("slurmd", "-N", node, "-f", self.environment["SLURM_CONF"])
+        self.run("slurmd", "-N", node, "-f", self.environment["SLURM_CONF"])
 
     def _start_munge(self) -> None:
         key, socket_file = self.folder / "munge" / "key", self.folder / "munge" / "socket"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
-        self._run(
+        self.run(
             *("munged", "--force", f"--key-file={key}", f"--socket={socket_file}", "--num-threads=2"),
             *(f"--pid-file={self.folder}/pid/munged.pid", f"--log-file={self.folder}/log/munged.log"),
             f"--seed-file={self.folder}/munge/seed",
@@ -112,7 +112,8 @@ PartitionName=main Nodes={",".join(self.nodes)} Default=YES MaxTime=60 State=UP
         # pinned: without a mounted hierarchy, asking for it ends slurmd, which uses none of it here
         (folder / "cgroup.conf").write_text(f"CgroupPlugin=cgroup/v{version}\n")
 
-    def _run(self, *command: str) -> str:
+    def run(self, *command: str) -> str:
+        """Output of a command of this SLURM's, which must succeed."""
         done = subprocess.run(
             command,
             env={**os.environ, **self.environment},
@@ -126,11 +127,11 @@ PartitionName=main Nodes={",".join(self.nodes)} Default=YES MaxTime=60 State=UP
         return done.stdout
 
     def _idle(self) -> int:
-        return len(self._run("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N").split())
+        return len(self.run("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N").split())
 
     def state_of(self, node: str) -> str:
         """In sinfo's words: ``idle``, ``allocated``, ``down*``."""
-        return self._run("sinfo", "--noheader", "--Node", f"--nodes={node}", "--format=%T").strip()
+        return self.run("sinfo", "--noheader", "--Node", f"--nodes={node}", "--format=%T").strip()
 
     def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float) -> None:
         end = time.monotonic() + timeout_s
@@ -155,16 +156,15 @@ PartitionName=main Nodes={",".join(self.nodes)} Default=YES MaxTime=60 State=UP
     def stop(self) -> None:
         """End all jobs, then exactly the daemons that were started."""
         with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
-            self._run("scancel", "--full", f"--user={getpass.getuser()}")
-            self.wait_until(lambda: not self._run("squeue", "--noheader"), "no jobs", 20)
-        for file in sorted(self.folder.glob("pid/*.pid"), reverse=True):  # slurmds, slurmctld, munged
+            self.run("scancel", "--full", f"--user={getpass.getuser()}")
+            self.wait_until(lambda: not self.run("squeue", "--noheader"), "no jobs", 20)
+        daemons = []
+        for file in self.folder.glob("pid/*.pid"):
             with contextlib.suppress(psutil.NoSuchProcess, ValueError):
-                daemon = psutil.Process(int(file.read_text()))
-                daemon.terminate()
-                with contextlib.suppress(psutil.TimeoutExpired):
-                    daemon.wait(5)
-                    continue
-                daemon.kill()
+                daemons.append(psutil.Process(int(file.read_text())))
+                daemons[-1].terminate()
+        for daemon in psutil.wait_procs(daemons, timeout=10)[1]:
+            daemon.kill()
 
 
 def _runs_on(process: psutil.Process, node: str) -> bool:

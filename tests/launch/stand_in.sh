@@ -14,7 +14,7 @@ case $play in
   "save and fail") step && save "$(wc -l <"$run/launch/attempts")" && exit 3 ;;
   end) echo "{}" >"$run/summary.json" ;;
   wait)
-    trap 'echo "{}" >"$run/stopped.json"; exit 0' USR1
+    trap 'echo "{}" >"$run/stopped.json"; exit 0' USR1 TERM
     while :; do sleep 0.1; done
     ;;
 esac

@@ -13,6 +13,8 @@ import yaml
 
 from opmix_dist.cli import main
 from opmix_dist.exchange.rundir import RunDir
+from opmix_dist.launch.records import LaunchDir
+from opmix_dist.launch.slurm import job_state
 from tests.launch.cluster import Cluster, install, missing
 from tests.train.jobs import SEARCH_STEP, curve, tiny_config
 
@@ -85,8 +87,29 @@ def static(data: Path, run: Path) -> dict[str, Any]:
     )
 
 
+@pytest.fixture(scope="module")
+def attempts(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An array whose ranks are played, each task a story of attempts. It runs beside the other tests."""
+    stories = {
+        "0": ["fail"] * 4,
+        "1": ["save and fail", "save and fail", "fail", "end"],
+        "2": ["fail early"] * 2,
+        "3": ["wait"] * 2,
+        "4": ["save and fail"] * 6,
+    }
+    folder = tmp_path_factory.mktemp("array") / "runs"
+    for seed, story in stories.items():
+        (folder / f"seed_{seed}" / "launch").mkdir(parents=True)
+        (folder / f"seed_{seed}" / "launch" / "play").write_text("\n".join(story) + "\n")
+    config = written(tiny_config(folder, folder, pool={"ranks": 0}))
+    options = ["--nodes", "1", "--time", "5", "--retries", "2", "--max-requeues", "3"]
+    options += ["--vary", f"seed={','.join(stories)}", "--python", str(Path(__file__).parent / "stand_in.sh")]
+    assert main(["launch", "slurm", config, *options]) == 0
+    return folder
+
+
 def test_preempted_and_bereft_of_a_node_it_ends_as_if_nothing_had_happened(
-    cluster: Cluster, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cluster: Cluster, attempts: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before the end of an allocation the ranks save where they are; a node's death costs the steps since the
     last checkpoint; either way the job is requeued and goes on, on whatever nodes are there."""
@@ -95,15 +118,15 @@ def test_preempted_and_bereft_of_a_node_it_ends_as_if_nothing_had_happened(
     said = job.opmix(
         "launch", "slurm", written(static(tiny_data, tmp_path / "run")), "--nodes", "2", "--time", "5"
     )
-    assert said.startswith("job 1: ")
+    assert said.startswith("job ")
     job.wait_for(lambda: job.steps() >= 3, "training on two nodes")
     assert "runs for" in job.opmix("resume", str(job.run.path), code=2), "one job for one run"
 
     name = job.status()["job"]["job"]
-    cluster._run(
+    cluster.run(
         "scancel", "--batch", "--signal=USR1", name
     )  # what SLURM does before the end of the allocation
-    cluster._run("scancel", "--batch", "--signal=USR1", name)
+    cluster.run("scancel", "--batch", "--signal=USR1", name)
     job.wait_for(job.run.stopped, "a stop on request")
     stopped = job.run.stopped()
     assert stopped.signal == "SIGUSR1"
@@ -151,3 +174,30 @@ def test_a_pool_in_a_component_of_its_own_and_a_run_that_is_cancelled_and_resume
     cluster.wait_until(lambda: not run.status()["active"], "the job's end", 30)
     assert run.status()["job"]["state"] == "COMPLETED", "the pool's step ends with the trainers'"
     assert "nothing to resume" in run.opmix("resume", str(run.run.path), code=2)
+
+
+def test_what_follows_an_attempt(
+    attempts: Path, cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Failures are tried again as long as there is progress, mistakes and cancelled jobs are not."""
+    home = Watched(attempts, capsys)
+    job = LaunchDir(home.run).read().submissions[0].job
+    cluster.run("scancel", f"{job}_3")  # not by `opmix cancel`: its ranks save, and it is over all the same
+    cluster.wait_until(lambda: not cluster.run("squeue", "--noheader", f"--jobs={job}"), "all tasks", 60)
+
+    def told(seed: int) -> tuple[int, str, str]:
+        run = attempts / f"seed_{seed}"
+        last = (attempts / "launch" / f"slurm-{job}_{seed}.out").read_text().strip().splitlines()[-1]
+        state = job_state(f"{job}_{seed}").state
+        return len((run / "launch" / "attempts").read_text().splitlines()), state, last
+
+    count, state, last = told(0)
+    assert (count, state) == (3, "FAILED"), "twice more"
+    assert last.endswith("failed with code 3: not tried again")
+    assert told(1)[:2] == (4, "COMPLETED"), "a new checkpoint each time, and then an end"
+    assert told(2)[:2] == (1, "FAILED"), "what never came to train is a mistake"
+    assert told(3)[:2] == (1, "CANCELLED")
+    assert (attempts / "seed_3" / "stopped.json").exists()
+    count, state, last = told(4)
+    assert (count, state) == (4, "FAILED")
+    assert "requeued 3 times already: given up" in last
