@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,9 @@ def _top(arguments: argparse.Namespace, rest: list[str]) -> None:
         console.print(screen.draw(glance(run)))
         return
     seen = glance(run)
-    with Live(screen.draw(seen), console=console, screen=True, auto_refresh=False) as live:
+    with suppress(KeyboardInterrupt), Live(console=console, screen=True, auto_refresh=False) as live:
         while not seen.ended:
+            live.update(screen.draw(seen), refresh=True)
             time.sleep(arguments.interval)
             seen = glance(run)
-            live.update(screen.draw(seen), refresh=True)
     console.print(screen.draw(seen))

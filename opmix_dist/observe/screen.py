@@ -33,15 +33,16 @@ class Screen:
         self._training, self._search = Pace(), Pace()
 
     def draw(self, seen: Glance) -> Group:
+        """What matters most comes first: a terminal shows what it has room for."""
         parts: list[RenderableType] = [_panel(self._head(seen), seen.path.resolve().name)]
-        if seen.lines or seen.training is not None:
-            parts.append(_panel(_training(seen), "trainers"))
-        if seen.mixtures:
-            parts.append(_panel(_mixture(seen), _since(seen)))
-        parts += [_panel(self._one_search(seen, search), f"search {search.name}") for search in seen.searches]
         warnings = concerns(seen)
         if warnings:
             parts.append(_panel(_warnings(warnings), "warnings", style="yellow"))
+        if seen.lines or seen.training is not None:
+            parts.append(_panel(_training(seen), "trainers"))
+        parts += [_panel(self._one_search(seen, search), f"search {search.name}") for search in seen.searches]
+        if seen.mixtures:
+            parts.append(_panel(_mixture(seen), _since(seen)))
         return Group(*parts)
 
     def _head(self, seen: Glance) -> RenderableType:

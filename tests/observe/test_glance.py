@@ -20,6 +20,7 @@ from opmix_dist.exchange.schemas import PhaseCost, SearchStage, SearchStatus, St
 from opmix_dist.observe.concerns import concerns
 from opmix_dist.observe.glance import Glance, glance
 from opmix_dist.observe.screen import Screen
+from tests.helpers import ROOT
 from tests.report.runs import PROPOSED, STEPS, UNIFORM, RunWriter
 
 
@@ -135,7 +136,7 @@ def test_a_search_that_failed_and_one_that_was_given_up(writer: RunWriter) -> No
     why = "search 0001 failed: the pool gave no sign of life for 301 s"
     writer.mixture(50, PROPOSED, why, search="0001")
     assert concerns(glance(writer.run)) == [why]
-    assert "left" not in shown(glance(writer.run)).split("search 0001")[1]
+    assert "left" not in shown(glance(writer.run)).split("─ search 0001 ─")[1]
 
 
 def test_a_run_without_steps_for_long_is_quiet_unless_it_waits(writer: RunWriter) -> None:
@@ -247,3 +248,30 @@ def test_watching_changes_nothing(
     assert capsys.readouterr().out == ""
     assert state() == before
     assert main(["top", str(writer.run.path / "nowhere")]) == 2
+
+
+def test_a_run_is_watched_in_a_terminal_until_it_ends(writer: RunWriter) -> None:
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "opmix_dist.cli", "top", str(writer.run.path), "--interval", "0.1"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
+    watcher = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, cwd=ROOT, start_new_session=True
+    )
+    os.close(theirs)
+    output = b""
+
+    def read_until(text: bytes) -> None:
+        nonlocal output
+        end = time.monotonic() + 120
+        while text not in output:
+            assert time.monotonic() < end, output
+            output += os.read(ours, 1 << 16)
+
+    try:
+        read_until(b"60 of 100")
+        writer.training().summary([3.5, 1.5, 4.0], {"train": PhaseCost()})
+        read_until(b"100 of 100")
+        assert watcher.wait(60) == 0
+    finally:
+        watcher.kill()
+        os.close(ours)
