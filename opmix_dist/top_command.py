@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 DEFAULT_INTERVAL_S = 2.0
 WIDTH = 104
 """Columns of a picture, and of what goes to a pipe."""
+_WEB_FONT = re.compile(r"@font-face\s*\{[^}]*\}\s*")
+"""In a picture: without it, the viewer's own fixed-width font is taken and nothing is fetched."""
 
 
 def add_top_command(commands: argparse._SubParsersAction[Any]) -> None:
@@ -50,7 +53,8 @@ def _top(arguments: argparse.Namespace, rest: list[str]) -> None:
     if arguments.svg is not None:
         picture = Console(record=True, width=WIDTH, file=io.StringIO())
         picture.print(screen.draw(glance(run)))
-        write_bytes(arguments.svg, picture.export_svg(title=f"opmix top {run.path.name}").encode())
+        svg = picture.export_svg(title=f"opmix top {run.path.name}")
+        write_bytes(arguments.svg, _WEB_FONT.sub("", svg).encode())
         return
     console = Console()
     if not console.is_terminal:
