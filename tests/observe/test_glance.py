@@ -247,7 +247,7 @@ def test_watching_changes_nothing(
     assert main(["top", str(writer.run.path), "--svg", str(picture)]) == 0
     svg = picture.read_text()
     assert svg.startswith("<svg")
-    assert not {"href", "src:", '("http'} & set(re.findall(r'href|src:|\("http', svg))  # nothing is fetched
+    assert not re.search(r'href|src:|\("http', svg)  # nothing is fetched
     assert capsys.readouterr().out == ""
     assert state() == before
     assert main(["top", str(writer.run.path / "nowhere")]) == 2
