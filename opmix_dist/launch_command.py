@@ -179,7 +179,7 @@ def _run_and_record(run: RunDir, config: Any, ranks: int, command: list[str], *,
     from opmix_dist.settings import to_yaml
 
     launched = LaunchDir(run)
-    if launched.file.exists():
+    if records and launched.file.exists():
         require_idle(run, launched.read())
     # machines that share the folder write the same
     launched.write_text(launched.config_file, to_yaml(config))

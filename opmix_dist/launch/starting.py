@@ -111,6 +111,11 @@ class SlurmStart:
         for config in configs:
             check_allocation(config, options.node_counts, options.ranks_per_node)
         self.runs = [RunDir(config.run_dir) for config in configs]
+        if self.is_array and len(self.home.path.parent.parts) < 3:
+            raise UserError(
+                f"an array's script lies in the folder that its runs share, here {self.home.path.parent}: "
+                "give the configurations run_dirs in one folder"
+            )
 
     @property
     def is_array(self) -> bool:
