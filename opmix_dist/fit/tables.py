@@ -176,7 +176,7 @@ def _read_arrow(path: Path) -> pa.Table:
         return csv.read_csv(path, convert_options=as_text)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:  # bytes that are no UTF-8 are a ValueError
         raise UserError(f"{path} cannot be read as a table: {first_words(str(error), 200)}") from None
 
 

@@ -213,10 +213,10 @@ class JointAdapters:
 
     def load_peft(self, index: int, folder: Path) -> None:
         """Read one adapter back; UserError when it is damaged, or does not fit this model."""
-        require_ordinary(folder / ADAPTER_FILE)
         try:
+            require_ordinary(folder / ADAPTER_FILE)
             tensors = load_file(folder / ADAPTER_FILE)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, MemoryError) as error:  # the last as of mapping a file
             raise UserError(f"{folder / ADAPTER_FILE} cannot be read: {error}") from None
         for name, layer in self.layers.items():
             for half, stacked in (("A", layer.A), ("B", layer.B)):

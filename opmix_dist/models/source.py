@@ -206,7 +206,7 @@ class CheckpointFiles:
         try:
             for file in self._files():
                 self.keys |= dict.fromkeys(self._handle(file).keys(), file)
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError, MemoryError) as error:  # the last as of mapping a file
             raise UserError(f"cannot load the model {path}: {_short(error)}") from None
 
     def shape(self, key: str) -> torch.Size:
@@ -224,7 +224,7 @@ class CheckpointFiles:
     def generation_config(self) -> GenerationConfig | None:
         try:
             return GenerationConfig.from_pretrained(self.path, local_files_only=self._local_only)
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError, AttributeError):  # missing, or no such thing
             return None
 
     def _files(self) -> list[str]:
