@@ -18,11 +18,12 @@ WORKDIR /work
 ENV NAME="a b" PATH=/work/bin:$PATH
 COPY one.txt folder /work/in/
 COPY folder copy
+RUN if touch /usr/of_the_machine; then false; fi
 RUN id -u > user; echo "$NAME" > name; echo "$PATH" > path; pwd > directory
 FROM base AS middle
 WORKDIR deeper
 USER 1234:1234
-RUN if touch /usr/of_the_machine; then false; fi; id -u > /tmp/user; pwd > /tmp/directory; echo ~ > /tmp/home
+RUN id -u > /tmp/user; pwd > /tmp/directory; echo ~ > /tmp/home
 FROM base AS other
 RUN false
 FROM middle AS last
@@ -99,5 +100,5 @@ def test_what_cannot_be_carried_out_is_an_error(builder: Builder, step: str, mes
 
 
 def test_a_failed_step_stops_the_build(builder: Builder) -> None:
-    with pytest.raises(DockerfileError, match="line 13: RUN failed with status 1"):
+    with pytest.raises(DockerfileError, match="line 14: RUN failed with status 1"):
         run(builder, DOCKERFILE, "other")

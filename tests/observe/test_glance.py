@@ -226,9 +226,13 @@ def test_an_empty_folder_and_none(tmp_path: Path) -> None:
 def test_text_of_a_run_directory_does_not_drive_the_terminal(writer: RunWriter) -> None:
     writer.mixture(50, UNIFORM, "[bold red]big[/]\x1b[2J\u202ereversed\r\n\x07" + "x" * 5000)
     (writer.run.path / ".lock").write_bytes(b"\x1b]0;title\x07\xff" * 1000)
+    reason = "\x1b[1;31mnever\u202e\x9b2J" + "y" * 2000
+    search = writer.request()
+    write_record(search.status_file, SearchStatus(stage=SearchStage.FAILED, reason=reason))
     text = shown(glance(writer.run))
     assert "[bold red]big[/]\\x1b[2J" in text
-    assert not {"\x1b", "\x07", "\u202e", "\r"} & set(text)
+    assert "\\x1b[1;31mnever\\u202e\\x9b2J" in text
+    assert not {"\x1b", "\x07", "\x9b", "\u202e", "\r"} & set(text)
     assert len(text) < 10_000
 
 
