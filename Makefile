@@ -21,6 +21,7 @@ $(STAMP): $(LOCK)
 
 .PHONY: test
 test: setup ## every test; those marked `launch` start several processes each and come last, two files at a time
+	@bash scripts/install_slurm.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not launch" -n 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m launch -n 2 --dist loadfile
 

@@ -13,7 +13,7 @@ setup(
     description="Distributed language-model training that decides, while it trains, what data to read next",
     packages=find_packages(include=["opmix_dist", "opmix_dist.*"]) + find_packages("kernels"),
     package_dir={"opmix_kernels": "kernels/opmix_kernels"},
-    package_data={"opmix_dist": ["py.typed"], "opmix_kernels": ["py.typed"]},
+    package_data={"opmix_dist": ["py.typed", "launch/templates/*.sh"], "opmix_kernels": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",

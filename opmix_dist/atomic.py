@@ -16,7 +16,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # of a process that was killed and had our number
+        with open(temporary, "xb") as file:  # never through a link that somebody placed there
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -14,15 +15,17 @@ from opmix_dist import __version__
 from opmix_dist.data_commands import add_data_commands
 from opmix_dist.errors import UserError
 from opmix_dist.fit_command import add_fit_command
+from opmix_dist.launch_command import add_launch_commands
 from opmix_dist.mixture_command import add_mixture_command
 from opmix_dist.process import end_process
 from opmix_dist.search_command import add_search_command
+from opmix_dist.top_command import add_top_command
 from opmix_dist.what_if_command import add_what_if
 
 TOKEN_DTYPES = ("uint16", "uint32", "int32", "int64")
-WITH_SETTINGS = ("train", "search", "fit")
+WITH_SETTINGS = ("train", "search", "fit", "launch", "resume")
 """Commands that take any setting of their configuration as ``--dotted.key value``."""
-WITH_PROCESSES = ("prepare", "train", "pool", "search")
+WITH_PROCESSES = ("prepare", "train", "pool", "search", "launch", "resume")
 """Commands whose broken pipe may be that of a worker, which must not pass for a closed output."""
 
 
@@ -82,15 +85,22 @@ def _parser() -> argparse.ArgumentParser:
     pool.add_argument("--run", dest="run_dir", required=True, type=Path, help="the trainers' run directory")
     pool.set_defaults(run=_pool)
 
+    add_launch_commands(commands)
+    add_top_command(commands)
     add_search_command(commands)
     add_fit_command(commands)
     add_mixture_command(commands)
 
     add_what_if(commands)
 
-    report = commands.add_parser("report", help="write RUN/report.html")
-    report.add_argument("run_dir", type=Path)
-    report.add_argument("--baseline", type=Path, default=None, help="another run to compare with")
+    report = commands.add_parser("report", help="write RUN/report.html; of several runs, a comparison")
+    report.add_argument(
+        "run_dirs", nargs="+", type=Path, metavar="RUN", help="of several, the baseline first"
+    )
+    report.add_argument("--baseline", type=Path, default=None, help="another run to compare one run with")
+    report.add_argument(
+        "--out", type=Path, help="file for the comparison of several runs (default: FIRST/comparison.html)"
+    )
     report.set_defaults(run=_report)
 
     compare = commands.add_parser("compare", help="print tables of several runs; the first is the baseline")
@@ -196,19 +206,27 @@ def _prepare(arguments: argparse.Namespace, rest: list[str]) -> None:
     prepare(PrepareConfig(domains=parse_domains(texts), chat_domains=tuple(chats), **given))
 
 
-def _train(arguments: argparse.Namespace, rest: list[str]) -> None:
+def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     from opmix_dist.config import load_config
     from opmix_dist.settings import to_yaml
 
     config = load_config(arguments.config, rest)
     if arguments.print_config:
         print(to_yaml(config, documented=True), end="")
-        return
+        return 0
     from opmix_dist.train.job import run_job
 
-    run_job(config)
-    if os.environ.get("RANK", "0") == "0":
+    stopped = run_job(config)
+    leads = os.environ.get("RANK", "0") == "0"
+    if stopped is not None:
+        if leads:
+            print(f"opmix: {config.run_dir} was {stopped.text}", file=sys.stderr)
+        # torchrun would start ranks that fail again, or end the others while they still write; what
+        # started torchrun reads RUN/stopped.json
+        return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 128 + signal.Signals[stopped.signal]
+    if leads:
         _write_report(config.run_dir)
+    return 0
 
 
 def _write_report(run_dir: str) -> None:
@@ -230,10 +248,19 @@ def _pool(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 def _report(arguments: argparse.Namespace, rest: list[str]) -> None:
     from opmix_dist.exchange.rundir import RunDir
+    from opmix_dist.report.comparison import COMPARISON_FILE, write_comparison
     from opmix_dist.report.html import write_report
 
+    runs = [RunDir(path) for path in arguments.run_dirs]
+    if len(runs) > 1:
+        if arguments.baseline:
+            raise UserError("--baseline is for one run: of several, name the baseline first")
+        print(write_comparison(runs, arguments.out or runs[0].path / COMPARISON_FILE))
+        return
+    if arguments.out:
+        raise UserError("--out is for the comparison of several runs: one run's report lies in its folder")
     baseline = RunDir(arguments.baseline) if arguments.baseline else None
-    print(write_report(RunDir(arguments.run_dir), baseline=baseline))
+    print(write_report(runs[0], baseline=baseline))
 
 
 def _compare(arguments: argparse.Namespace, rest: list[str]) -> None:

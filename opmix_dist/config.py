@@ -265,6 +265,12 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     interval_steps: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="newest complete checkpoints to keep")
+    keep_every_steps: int = Field(
+        0, ge=0, description="keep checkpoints of steps that are multiples of it for good; 0: none"
+    )
+    verify: Literal["sizes", "checksums"] = Field(
+        "checksums", description="what a resume compares with what was written, before it takes a checkpoint"
+    )
     asynchronous: bool = Field(True, description="write while training goes on")
 
 
@@ -323,6 +329,12 @@ class PoolConfig(TeamConfig):
 class LoggingConfig(Section):
     tensorboard: bool = Field(False, description="write TensorBoard events to RUN/metrics/tensorboard")
     wandb_project: str | None = Field(None, description="W&B project; null: no W&B")
+    prometheus_port: int | None = Field(
+        None, ge=0, le=65535, description="port on the leader's node that serves metrics; 0: any; null: none"
+    )
+    prometheus_host: str = Field(
+        "127.0.0.1", description="address to serve them on; they are open to whoever reaches it"
+    )
 
 
 class SharedConfig(Section):

@@ -106,6 +106,14 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def largest(self, value: int) -> int:
+        """Collective. The largest of the ranks' numbers, on every rank."""
+        if self.size == 1:
+            return value
+        number = torch.tensor([value])
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return int(number)
+
     def share(self, values: Sequence[float] | None) -> list[float]:
         """Collective. The leader's numbers on every rank; the others pass None."""
         if self.size == 1:

@@ -78,7 +78,10 @@ def _read_file(path: Path) -> dict[str, float]:
     for name, weight in content.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise UserError(f"{path}: the weight of {name} is {weight!r}, no number")
-    return {str(name): float(weight) for name, weight in content.items()}
+    try:
+        return {str(name): float(weight) for name, weight in content.items()}
+    except OverflowError:
+        raise UserError(f"{path}: a weight is too large for a number") from None
 
 
 def _mixture(arguments: argparse.Namespace, rest: list[str]) -> None:

@@ -31,6 +31,17 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def leave_stopping_to_parent(*_: object) -> None:
+    """Ignore the signals that ask a run to stop.
+
+    A scheduler sends them to every process of a job, a terminal to every process of its foreground group. A
+    helper that died of one would take its parent's last batches or messages along, while that writes a
+    checkpoint; the parent ends its helpers itself.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def end_process(code: int) -> NoReturn:
     """Leave without the interpreter's finalisation, after everything was closed and flushed.
 

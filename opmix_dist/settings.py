@@ -14,7 +14,15 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from opmix_dist.bounded import read_bounded
+from opmix_dist.data.printable import first_words
 from opmix_dist.errors import UserError
+from opmix_dist.safe_yaml import load_yaml
+
+MAX_YAML_BYTES = 256 << 10
+"""Read in seconds; settings of thousands of domains fit."""
+MAX_SHOWN = 200
+"""Characters of what is wrong, in a message."""
 
 
 class Section(BaseModel):
@@ -34,19 +42,24 @@ def read_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> dic
     Raises:
         UserError: one line that names the file or the key.
     """
-    data = _read_yaml(Path(path)) if path is not None else {}
+    data = read_yaml(Path(path)) if path is not None else {}
     for key, value in parse_overrides(overrides):
         _set_dotted(data, key, value)
     return data
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Nested plain values of a file that anybody may have written.
+
+    Raises:
+        UserError: it cannot be read, is too large, or is no mapping in YAML; names it.
+    """
     try:
-        data = yaml.safe_load(path.read_text())
+        data = load_yaml(read_bounded(path, MAX_YAML_BYTES))
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid YAML: {first_words(str(error), MAX_SHOWN)}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} must hold a mapping of settings, not {type(data).__name__}")
     return data
@@ -69,7 +82,8 @@ def check_settings(kind: type[S], data: Mapping[str, Any]) -> S:
         first = max(error.errors(), key=lambda one: len(one["loc"]))  # of a union, the likeliest type
         key = ".".join(str(part) for part in first["loc"])
         key = next((leaf for leaf in leaves if key.startswith(f"{leaf}.")), key)  # not which type of a union
-        shown = "" if first["type"] in ("missing", "value_error") else f" (got {first['input']!r})"
+        got = first_words(repr(first["input"]), MAX_SHOWN)
+        shown = "" if first["type"] in ("missing", "value_error") else f" (got {got})"
         where = f"setting `{key}`: " if key else ""  # a check of the whole names its settings itself
         raise UserError(f"{where}{first['msg'].removeprefix('Value error, ')}{shown}") from None
 

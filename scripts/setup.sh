@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Makes the virtual environment that a lock describes: scripts/setup.sh PYTHON VENV LOCK. `make setup` calls it.
+# Makes the virtual environment that a lock describes: scripts/setup.sh PYTHON VENV LOCK [packages]. `make setup`
+# calls it. With `packages` the project itself is left out: images install it in a layer of its own.
 set -euo pipefail
-python=$1 venv=$2 lock=$3
+python=$1 venv=$2 lock=$3 what=${4:-all}
 pytorch_cpu_index=https://download.pytorch.org/whl/cpu
 
 fail() {
@@ -29,7 +30,7 @@ if [[ $torch == *+cpu ]] && ! install "$torch" 2>/dev/null; then
     fail "no $torch for $("$venv/bin/python" --version) there: see pip's words above"
 fi
 install --requirement "$lock"
-install --no-build-isolation --editable .
+[[ $what == packages ]] || install --no-build-isolation --editable .
 
 # All cores compile at once, where pip uses one. Some packages ship files for newer Pythons only, which pip
 # passes over as well; hence no failure.

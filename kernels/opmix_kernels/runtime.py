@@ -25,6 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from opmix_kernels.language import INTERPRETED
 
 TUNING_FILE = "OPMIX_KERNELS_TUNING"
+MAX_TUNING_BYTES = 64 << 20
 ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
 
 SMALL, SMALL_TAKES = "sm_86", "sm_80"
@@ -260,9 +261,11 @@ def read_tuning(file: Path) -> dict[str, int]:
         ValueError: naming the file and the entry that no kernel, architecture or configuration here fits.
     """
     try:
+        if file.exists() and (not file.is_file() or file.stat().st_size > MAX_TUNING_BYTES):
+            raise ValueError("it is no ordinary file, or too large")
         choices = json.loads(file.read_text())["choices"]
         entries = {str(key): int(index) for key, index in choices.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{TUNING_FILE}: {file} is no tuning file: {error!r}") from error
     kernels = {kernel.name: kernel for kernel in _kernels}
     for key, index in entries.items():

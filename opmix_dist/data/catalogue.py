@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+from opmix_dist.bounded import read_bounded
 from opmix_dist.data.samples import Compression, DType
 from opmix_dist.data.store import ShardStore
 from opmix_dist.errors import UserError
@@ -151,9 +152,10 @@ class Catalogue:
 
     def load_tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer that made the samples."""
-        from transformers import AutoTokenizer
+        # which imports this module's names
+        from opmix_dist.data.tokenizer import load_tokenizer
 
-        return AutoTokenizer.from_pretrained(self.root / TOKENIZER, local_files_only=True)
+        return load_tokenizer(str(self.root / TOKENIZER))
 
 
 def is_domain_name(name: str) -> bool:
@@ -216,9 +218,7 @@ def tokenizer_fingerprint(tokenizer_dir: Path) -> str:
 
 def _read_json(path: Path, max_bytes: int) -> Any:
     try:
-        if path.stat().st_size > max_bytes:
-            raise UserError(f"{path} is larger than {max_bytes} bytes, which no such file is")
-        return json.loads(path.read_bytes())
+        return json.loads(read_bounded(path, max_bytes))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError):

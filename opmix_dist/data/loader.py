@@ -32,6 +32,7 @@ from opmix_dist.data.samples import Sample
 from opmix_dist.data.shards import ShardedSplit, import_reader
 from opmix_dist.data.store import one_line
 from opmix_dist.errors import UserError
+from opmix_dist.process import leave_stopping_to_parent
 from opmix_dist.seeds import derive_seed
 
 log = logging.getLogger(__name__)
@@ -307,6 +308,7 @@ class MixtureLoader:
                 prefetch_factor=self._prefetch_batches if self._num_workers else None,
                 persistent_workers=self._num_workers > 0,
                 collate_fn=_as_read,
+                worker_init_fn=leave_stopping_to_parent,
                 # a generator of its own: by default each start draws from torch's global one, and dropout
                 # after a resume or a change of weights would differ
                 generator=torch.Generator(),

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
+from opmix_dist.bounded import read_bounded, require_ordinary
 from opmix_dist.data.mds import import_streaming
 from opmix_dist.data.samples import HASH, INDEX_FILE, Sample, columns_fault
 from opmix_dist.data.store import TOUCH_INTERVAL_S, ShardStore, StoredFile, file_hash, one_line, size_of
@@ -34,7 +35,7 @@ import_reader = functools.cache(import_streaming)
 class _File(BaseModel):
     # no path, so that it stays in the folder; and what a cache counts and removes, see ShardStore
     basename: str = Field(pattern=r"^shard\.[A-Za-z0-9_.-]*mds(\.zstd)?$")
-    bytes: int = Field(ge=1)
+    bytes: int = Field(ge=1, lt=1 << 32)  # a shard addresses its samples by 32 bits
     hashes: dict[str, str] = {}
 
 
@@ -43,7 +44,7 @@ class _Shard(BaseModel):
     format: Literal["mds"]
     column_names: tuple[str, ...]
     column_encodings: tuple[str, ...]
-    samples: int = Field(ge=1)
+    samples: int = Field(ge=1, lt=1 << 32)
     compression: str | None
     raw_data: _File
     zip_data: _File | None
@@ -165,6 +166,7 @@ class ShardedSplit:
             return
         file, store = self.files[shard], self.store
         if store is None and file.zip_name is not None:  # decompressed beside its compressed file
+            self._require_ordinary(shard, file.zip_name)
             root = self.local.parent.parent
             store = ShardStore(str(root), root, attempts=1)
         if store is not None:
@@ -173,6 +175,12 @@ class ShardedSplit:
         there = self.size_on_disk(shard)
         what = f"{there} of {file.raw_bytes} bytes are there" if there >= 0 else "is missing"
         raise self._damaged(shard, what)
+
+    def _require_ordinary(self, shard: int, name: str) -> None:
+        try:
+            require_ordinary(self.local / name)
+        except OSError as error:
+            raise self._damaged(shard, f"{name} cannot be read ({error.strerror})") from None
 
     def _require_hash(self, shard: int) -> None:
         """Of the file on disk; one from a store is fetched anew before it is given up."""
@@ -225,10 +233,8 @@ def _mds_reader(local: Path, file: StoredFile, names: Sequence[str], encodings: 
 
 
 def _read_index(path: Path) -> _Index:
-    if size_of(path) > MAX_INDEX_BYTES:
-        raise UserError(f"{path} is larger than {MAX_INDEX_BYTES} bytes, which no such index is")
     try:
-        index = _Index.model_validate_json(path.read_bytes())
+        index = _Index.model_validate_json(read_bounded(path, MAX_INDEX_BYTES))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; prepare the domain again") from None
     except ValidationError as error:

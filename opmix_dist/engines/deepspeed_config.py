@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from opmix_dist.bounded import read_json
 from opmix_dist.config import DeepSpeedConfig, EngineConfig, OptimizerConfig, RunConfig
 from opmix_dist.errors import UserError
 
@@ -57,6 +58,7 @@ _REQUIRED: dict[str, tuple[Any, str]] = {
 }
 """Value of a dotted setting that other ones do not go with, and why."""
 
+MAX_CONFIG_BYTES = 1 << 20
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
@@ -206,11 +208,11 @@ def _user_settings(ours: DeepSpeedConfig) -> Settings:
     given = ours.config or {}
     if isinstance(given, str):
         try:
-            given = json.loads(Path(given).read_text())
+            given = read_json(Path(given), MAX_CONFIG_BYTES)
         except OSError as error:
             raise UserError(f"cannot read engine.deepspeed.config {given}: {error.strerror}") from None
-        except ValueError as error:
-            raise UserError(f"engine.deepspeed.config {given} is not valid JSON: {error}") from None
+        except UserError as error:
+            raise UserError(f"engine.deepspeed.config: {error}") from None
         if not isinstance(given, dict):
             raise UserError(f"engine.deepspeed.config {ours.config} must hold an object of settings")
     for key in given:

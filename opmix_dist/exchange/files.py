@@ -6,16 +6,20 @@ a half-written file; a torn last line of a JSONL file (its writer was killed) is
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from opmix_dist import bounded
 from opmix_dist.atomic import write_bytes, write_json
 from opmix_dist.errors import UserError
 
+log = logging.getLogger(__name__)
 MAX_JSON_BYTES = 64 << 20
 MAX_JSONL_BYTES = 4 << 30
 COMPLETE = "COMPLETE.json"
@@ -24,34 +28,37 @@ COMPLETE = "COMPLETE.json"
 def read_json(path: Path) -> Any:
     """Raises UserError naming the file when it is missing, too large or not JSON."""
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise UserError(f"{path} has {size} bytes; more than {MAX_JSON_BYTES} are not read as JSON")
-        return json.loads(path.read_bytes())
+        return bounded.read_json(path, MAX_JSON_BYTES)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
-def append_jsonl(path: Path, value: Any, *, sync: bool = True) -> None:
-    """Append one line and fsync it; a torn line that a killed writer left goes first.
+def append_jsonl(path: Path, *values: Any, sync: bool = True) -> None:
+    """Append a line for each value and fsync; a torn line that a killed writer left goes first.
 
     Args:
-        sync: false: a killed writer leaves the line, a machine that stops may lose it (:func:`sync_file`).
+        sync: false: a killed writer leaves the lines, a machine that stops may lose them (:func:`sync_file`).
+
+    Raises:
+        OSError: nothing was appended. Also where ``path`` is a symbolic link: whoever could place it in the
+            run directory would have the writer's own files written to.
     """
-    line = json.dumps(value, allow_nan=False).encode() + b"\n"
+    lines = b"".join(json.dumps(value, allow_nan=False).encode() + b"\n" for value in values)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(line)
-        file.flush()
-        if sync:
-            os.fsync(file.fileno())
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    # unbuffered: what a full disk did not take must not be tried again when the file is closed
+    with open(os.open(path, flags, 0o666), "r+b", buffering=0) as file:
+        end = _end_of_lines(file)
+        try:
+            file.truncate(end)
+            rest = memoryview(lines)
+            while rest:
+                rest = rest[file.write(rest) :]
+            if sync:
+                os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def sync_file(path: Path) -> None:
@@ -61,22 +68,58 @@ def sync_file(path: Path) -> None:
             os.fsync(file.fileno())
 
 
+_BLOCK_BYTES = 1 << 16
+
+
+def _end_of_lines(file: io.FileIO) -> int:
+    """Bytes up to the last newline, with it."""
+    size = end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - _BLOCK_BYTES)
+        file.seek(start)
+        last = file.read(end - start).rfind(b"\n")
+        if last >= 0:
+            return start + last + 1
+        end = start
+    return min(end, size)
+
+
+class PatientLines:
+    """Appends lines to a file; while it cannot be written (a full disk), they wait and nobody fails."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: list[Any] = []
+
+    def append(self, value: Any, *, sync: bool = True) -> None:
+        """As :func:`append_jsonl`."""
+        self._waiting.append(value)
+        try:
+            append_jsonl(self.path, *self._waiting, sync=sync)
+        except OSError as error:
+            if len(self._waiting) == 1:
+                log.warning("%s cannot be written (%s): its lines wait until it can", self.path, error)
+            return
+        if len(self._waiting) > 1:
+            log.warning("%s is written again: %d lines had waited", self.path, len(self._waiting) - 1)
+        self._waiting.clear()
+
+
 def read_jsonl(path: Path) -> list[Any]:
     """All complete lines; none when the file does not exist.
 
     Raises:
         UserError: a line before the last is not JSON; names file and line.
     """
-    if not path.exists():
+    try:
+        lines = bounded.read_bounded(path, MAX_JSONL_BYTES).split(b"\n")
+    except FileNotFoundError:
         return []
-    if path.stat().st_size > MAX_JSONL_BYTES:
-        raise UserError(f"{path} is larger than {MAX_JSONL_BYTES} bytes")
-    lines = path.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn or empty
         try:
             rows.append(json.loads(line))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             raise UserError(f"{path}:{number} is not valid JSON; mend or remove that line") from None
     return rows
 

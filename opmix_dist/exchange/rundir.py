@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import TypeVar
 
-import yaml
 from pydantic import ValidationError
 
 from opmix_dist.config import RunConfig, SearchRunConfig, SharedConfig, check_config
@@ -20,15 +19,19 @@ from opmix_dist.exchange.schemas import (
     Record,
     SearchRequest,
     SearchStatus,
+    Stopped,
     Summary,
     TrainLine,
 )
-from opmix_dist.settings import check_settings, to_yaml
+from opmix_dist.settings import check_settings, read_yaml, to_yaml
 
 R = TypeVar("R", bound=Record)
+LAUNCH = "launch"
+"""Folder of what started the run; it may be there before the run is."""
 CURVE_FILE = "curve.jsonl"
-_STEP_FOLDER = re.compile(r"^step_(\d{1,12})$")
-_SEARCH_FOLDER = re.compile(r"^\d{4}$")
+_STEP_FOLDER = re.compile(r"^step_(0|[1-9][0-9]{0,11})$")
+_DAMAGED_FOLDER = re.compile(r"^damaged_step_(0|[1-9][0-9]{0,11})$")
+_SEARCH_FOLDER = re.compile(r"^[0-9]{4}$")
 
 
 def read_record(path: Path, kind: type[R]) -> R:
@@ -99,11 +102,13 @@ class RunDir:
         self.train_file = self.path / "metrics" / "train.jsonl"
         self.eval_file = self.path / "metrics" / "eval.jsonl"
         self.summary_file = self.path / "summary.json"
+        self.stopped_file = self.path / "stopped.json"
         self.report_file = self.path / "report.html"
         self.export = self.path / "export" / "hf"
         self.snapshots = self.path / "snapshots"
         self.checkpoints = self.path / "checkpoints"
         self.searches = self.path / "searches"
+        self.launch = self.path / LAUNCH
 
     def snapshot(self, step: int) -> Path:
         return self.snapshots / f"step_{step}"
@@ -128,10 +133,18 @@ class RunDir:
     def incomplete_checkpoints(self) -> list[Path]:
         return [folder for _, folder in self._checkpoint_folders() if not files.is_complete(folder)]
 
-    def _checkpoint_folders(self) -> list[tuple[int, Path]]:
+    def damaged_checkpoint(self, step: int) -> Path:
+        """Where a checkpoint is set aside whose files are not as they were written."""
+        return self.checkpoints / f"damaged_step_{step}"
+
+    def damaged_checkpoints(self) -> list[int]:
+        """Steps of those that were set aside, ascending."""
+        return [step for step, _ in self._checkpoint_folders(_DAMAGED_FOLDER)]
+
+    def _checkpoint_folders(self, pattern: re.Pattern[str] = _STEP_FOLDER) -> list[tuple[int, Path]]:
         if not self.checkpoints.is_dir():
             return []
-        matches = [(_STEP_FOLDER.match(p.name), p) for p in self.checkpoints.iterdir()]
+        matches = [(pattern.match(p.name), p) for p in self.checkpoints.iterdir()]
         return sorted((int(m[1]), p) for m, p in matches if m)
 
     def write_config(self, config: SharedConfig) -> None:
@@ -152,7 +165,7 @@ class RunDir:
         """Of a training run, or of a search alone, which trains nothing."""
         if not self.config_file.is_file():
             raise UserError(f"{self.path} is not a run directory: it has no config.yaml")
-        data = yaml.safe_load(self.config_file.read_text())
+        data = read_yaml(self.config_file)
         return check_config(data) if "train" in data else check_settings(SearchRunConfig, data)
 
     def mixtures(self) -> list[MixtureRecord]:
@@ -169,3 +182,7 @@ class RunDir:
 
     def summary(self) -> Summary:
         return read_record(self.summary_file, Summary)
+
+    def stopped(self) -> Stopped | None:
+        """Of a run that was asked to stop and has not been started since."""
+        return read_record(self.stopped_file, Stopped) if self.stopped_file.exists() else None

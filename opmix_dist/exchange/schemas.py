@@ -299,6 +299,23 @@ class EvalLine(Record):
     stderr: dict[str, float]
 
 
+class Stopped(Record):
+    """stopped.json: the run was asked to stop and has done so; it goes on when it is started again."""
+
+    step: int = Field(ge=0)
+    """Finished steps."""
+    checkpoint: int | None = Field(ge=0)
+    """Step of the newest complete checkpoint, from which it goes on; None: from the beginning."""
+    signal: str
+    at: str
+    """UTC, ISO 8601."""
+
+    @property
+    def text(self) -> str:
+        start = "the beginning" if self.checkpoint is None else f"the checkpoint of step {self.checkpoint}"
+        return f"stopped by {self.signal} after step {self.step}; started again, it goes on from {start}"
+
+
 class Summary(Record):
     """summary.json: how a run ended."""
 

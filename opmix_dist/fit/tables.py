@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import csv, parquet
 
+from opmix_dist.bounded import require_ordinary
 from opmix_dist.data.printable import first_words
 from opmix_dist.errors import UserError
 
@@ -166,9 +167,7 @@ def join(ratios: Table, metrics: Table) -> Swarm:
 def _read_arrow(path: Path) -> pa.Table:
     """CSV cells as text, so that what is wrong in one can be shown."""
     try:
-        size = path.stat().st_size
-        if size > MAX_TABLE_BYTES:
-            raise UserError(f"{path} has {size} bytes; tables of more than {MAX_TABLE_BYTES} are not read")
+        require_ordinary(path, MAX_TABLE_BYTES)
         if path.suffix in (".parquet", ".pq"):
             return parquet.read_table(path)
         with csv.open_csv(path) as reader:
@@ -177,7 +176,7 @@ def _read_arrow(path: Path) -> pa.Table:
         return csv.read_csv(path, convert_options=as_text)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:  # bytes that are no UTF-8 are a ValueError
         raise UserError(f"{path} cannot be read as a table: {first_words(str(error), 200)}") from None
 
 

@@ -19,10 +19,12 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from opmix_dist.bounded import require_ordinary
 from opmix_dist.errors import UserError
 from opmix_dist.models.compute import Compute
 from opmix_dist.models.computing import computed
@@ -219,8 +221,12 @@ class JointAdapters:
         save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
 
     def load_peft(self, index: int, folder: Path) -> None:
-        """Read one adapter back; UserError when its layers or shapes are not this model's."""
-        tensors = load_file(folder / ADAPTER_FILE)
+        """Read one adapter back; UserError when it is damaged, or does not fit this model."""
+        try:
+            require_ordinary(folder / ADAPTER_FILE)
+            tensors = load_file(folder / ADAPTER_FILE)
+        except (SafetensorError, OSError, MemoryError) as error:  # the last as of mapping a file
+            raise UserError(f"{folder / ADAPTER_FILE} cannot be read: {error}") from None
         for name, layer in self.layers.items():
             for half, stacked in (("A", layer.A), ("B", layer.B)):
                 key = f"base_model.model.{name}.lora_{half}.weight"

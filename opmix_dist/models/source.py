@@ -8,7 +8,6 @@ gets the same on any number of ranks.
 from __future__ import annotations
 
 import copy
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -21,12 +20,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from opmix_dist.bounded import read_json, require_ordinary
 from opmix_dist.config import ModelConfig
 from opmix_dist.errors import UserError
 from opmix_dist.models.long_context import with_context
 from opmix_dist.seeds import derive_seed
 
 Index = tuple[slice, ...]
+MAX_CONFIG_BYTES = 64 << 20
+"""Of a JSON file of a checkpoint; an index has a line for each tensor."""
+CONFIG_FILES = ("config.json", "generation_config.json")
 
 
 class ModelSource:
@@ -72,8 +75,10 @@ class ModelSource:
                     dtype=torch.float32,
                 )
         except (ValueError, ImportError) as error:  # an attention that the model or this machine lacks
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"model.attention {self.attention} cannot be used: {reason}") from None
+            raise UserError(f"model.attention {self.attention} cannot be used: {_short(error)}") from None
+        except Exception as error:  # transformers checks no values, and raises what it stumbles on
+            kind = self.hf_config.model_type
+            raise UserError(f"no {kind} model can be built from its config: {_short(error)}") from error
         model.tie_weights()  # moving to meta has untied them
         self._read_buffers(model)
         return model
@@ -202,8 +207,8 @@ class CheckpointFiles:
         try:
             for file in self._files():
                 self.keys |= dict.fromkeys(self._handle(file).keys(), file)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"cannot load the model {path}: {' '.join(str(error).split())[:300]}") from None
+        except (OSError, ValueError, SafetensorError, MemoryError) as error:  # the last as of mapping a file
+            raise UserError(f"cannot load the model {path}: {_short(error)}") from None
 
     def shape(self, key: str) -> torch.Size:
         return torch.Size(self._handle(self.keys[key]).get_slice(key).get_shape())
@@ -220,7 +225,7 @@ class CheckpointFiles:
     def generation_config(self) -> GenerationConfig | None:
         try:
             return GenerationConfig.from_pretrained(self.path, local_files_only=self._local_only)
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError, AttributeError):  # missing, or no such thing
             return None
 
     def _files(self) -> list[str]:
@@ -237,15 +242,20 @@ class CheckpointFiles:
         if index is None:
             raise ValueError("it has no safetensors files")
         if Path(self.path).is_dir():
-            names = sorted({*json.loads(Path(index).read_text())["weight_map"].values()})
+            content = read_json(Path(index), MAX_CONFIG_BYTES)
+            try:
+                names = sorted({*content["weight_map"].values()})
+            except (LookupError, TypeError, AttributeError):
+                raise ValueError(f"{index} is no index of weights") from None
             for name in names:
-                if Path(name).name != name:
+                if not isinstance(name, str) or Path(name).name != name:
                     raise ValueError(f"its index names a file outside of its folder: {name}")
             return [str(Path(self.path) / name) for name in names]
         return get_checkpoint_shard_files(self.path, index, **options)[0]
 
     def _handle(self, file: str) -> Any:
         if file not in self._open:
+            require_ordinary(Path(file))
             self._open[file] = safe_open(file, framework="pt")
         return self._open[file]
 
@@ -263,7 +273,7 @@ def fresh_source(
     try:
         hf = AutoConfig.for_model(**fields)
     except (ValueError, TypeError) as error:
-        raise UserError(f"model.config: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"model.config: {_short(error)}") from None
     # the instance takes any keyword for a field; its class's defaults tell which ones are
     unknown = sorted(set(config.config) - set(type(hf)().to_dict()))
     if unknown:
@@ -287,18 +297,37 @@ def checkpoint_source(
     Raises:
         UserError: naming the folder or hub id that could not be loaded.
     """
+    if Path(path).is_dir():
+        _check_configs(Path(path))
     try:
         hf = AutoConfig.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=local_only
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the model {path}: {' '.join(str(error).split())[:300]}") from None
+    except Exception as error:  # transformers raises what it stumbles on
+        raise UserError(f"cannot load the model {path}: {_short(error)}") from error
     if getattr(hf, "quantization_config", None) is not None:
         raise UserError(f"cannot load the model {path}: its weights are quantised; take one that is not")
     if context is not None:
         hf = with_context(hf, context)
     weights = CheckpointFiles(path, local_only=local_only)
+    layers = getattr(hf.get_text_config(), "num_hidden_layers", 0)
+    if not isinstance(layers, int) or layers > len(weights.keys):  # building them could take for ever
+        raise UserError(
+            f"cannot load the model {path}: its config.json tells of {layers} layers, and its files hold "
+            f"{len(weights.keys)} tensors"
+        )
     return ModelSource(hf, attention=attention, trust_remote_code=trust_remote_code, weights=weights)
+
+
+def _check_configs(folder: Path) -> None:
+    """Of what transformers reads, which does not look at sizes: ordinary files, each with one JSON object."""
+    for name in CONFIG_FILES:
+        if (folder / name).exists() and not isinstance(read_json(folder / name, MAX_CONFIG_BYTES), dict):
+            raise UserError(f"cannot load the model {folder}: {name} holds no JSON object")
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def open_source(

@@ -21,8 +21,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from opmix_dist.bounded import read_bounded
 from opmix_dist.data.loader import EvalSet
 from opmix_dist.distributed import World
+from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
 from opmix_dist.models.loss import DomainLosses, losses_by_domain
 from opmix_dist.pool.early_stop import EarlyStop
@@ -30,6 +32,8 @@ from opmix_dist.pool.partial import estimated_losses
 from opmix_dist.pool.team import Crew, Team
 
 log = logging.getLogger(__name__)
+MAX_FILE_BYTES = 256 << 20
+"""Of one candidate: some numbers for each held-out sample."""
 HASHED_BYTES = 1 << 20
 """Read of both ends of each file of a snapshot for its identity: all of it may be hundreds of GB."""
 
@@ -387,7 +391,7 @@ class EvaluationFiles:
     def _read(self, u: np.ndarray, key: str) -> _Measured | None:
         path = self.path(key)
         try:
-            content = load(path.read_bytes())
+            content = load(read_bounded(path, MAX_FILE_BYTES))
             sound = (
                 np.array_equal(content["u"], u)
                 and np.array_equal(content["targets"], self.targets)
@@ -399,7 +403,7 @@ class EvaluationFiles:
                 return _Measured(key, content["sums"], content.get("seen"), content.get("gradients"), seconds)
         except FileNotFoundError:
             return None
-        except (SafetensorError, OSError, KeyError, ValueError, IndexError):
+        except (SafetensorError, UserError, OSError, KeyError, ValueError, IndexError):
             sound = False
         log.warning("%s is damaged: that candidate is evaluated again", path)
         return None

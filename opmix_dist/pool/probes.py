@@ -93,7 +93,7 @@ def train_probes(
             adapters.clip_gradients(config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            on_step(step + 1)
+            team.together(partial(on_step, step + 1))
     return adapters, curves
 
 

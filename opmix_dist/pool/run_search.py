@@ -58,31 +58,42 @@ from opmix_dist.pool.team import Crew
 from opmix_dist.search.ask_tell import MixtureSearch, SearchResult
 from opmix_dist.search.feasibility import require_feasible_shares
 from opmix_dist.search.problem import Problem
+from opmix_dist.stopping import StopRequested, StopSignals
 
 log = logging.getLogger(__name__)
 
 # Failures whose message is for the user; any other exception is logged with its traceback too.
 EXPECTED = (SearchError, UserError, ValueError, OSError)
+_STOPPED = "asked to stop"
 
 
 class Searcher:
-    """Answers requests. Every method is collective over the ranks of ``world``, and so is making one."""
+    """Answers requests. Every method is collective over the ranks of ``world``, and so is making one.
 
-    def __init__(self, run: RunDir, config: SharedConfig, world: World) -> None:
-        """
-        Raises:
-            UserError: the ranks cannot be divided into teams.
-        """
+    Args:
+        stop: signals that end a search on the trainers' own ranks; a pool's workers are just killed.
+
+    Raises:
+        UserError: the ranks cannot be divided into teams.
+    """
+
+    def __init__(
+        self, run: RunDir, config: SharedConfig, world: World, *, stop: StopSignals | None = None
+    ) -> None:
         self.run, self.config, self.world = run, config, world
         self.crew = Crew.of(world, config.pool.ranks_per_model)
+        self._stop, self._working, self.can_stop = stop, False, True
 
     def answer(self, search: SearchDir) -> None:
         """Write proposal.json and status ``proposed``, or status ``failed`` with the reason.
 
         Raises:
+            StopRequested: on all ranks, as soon as those that were asked have met the others. What is done is
+                on disk; the next attempt goes on from it.
             BrokenTeamError: this rank cannot go on, and others wait for it: its process is to end.
         """
-        status = StatusWriter(search, writes=self.world.is_leader)
+        status = StatusWriter(search, writes=self.world.is_leader, on_beat=self._stop_if_asked)
+        self.can_stop = True
         try:
             _Search(self, search, status).run()
         except PeerError as error:
@@ -103,9 +114,13 @@ class Searcher:
         """
         failure = None
         try:
+            self._working = True
             work()
         except AgreedError as error:
-            failure = str(error) or None  # those that failed themselves tell
+            # those that failed themselves tell
+            failure = _STOPPED if isinstance(error.__cause__, StopRequested) else str(error) or None
+        except StopRequested:
+            failure = _STOPPED
         except EXPECTED as error:
             failure = str(error) or type(error).__name__
         except BrokenTeamError:
@@ -116,11 +131,24 @@ class Searcher:
         except Exception as error:
             log.exception("search failed on %s rank %d", self.world.role, self.world.rank)
             failure = f"{type(error).__name__}: {error}"
-        self.world.agree(failure)
+        finally:
+            self._working = False
+        try:
+            self.world.agree(failure)
+        except PeerError as error:
+            if str(error).endswith(_STOPPED):
+                raise StopRequested from None
+            raise
+
+    def _stop_if_asked(self) -> None:
+        """Where all ranks can leave together; elsewhere the others would wait."""
+        if self._working and self.can_stop and self._stop is not None and self._stop.received:
+            raise StopRequested
 
 
 class _Search:
     def __init__(self, searcher: Searcher, search: SearchDir, status: StatusWriter) -> None:
+        self.searcher = searcher
         self.run_dir, self.config, self.world = searcher.run, searcher.config, searcher.world
         self.crew = searcher.crew
         self.search, self.status = search, status
@@ -132,6 +160,8 @@ class _Search:
         if self.config.data.mask_documents:
             self.together(self._require_documents_apart)
         self._probe()
+        # probes meet at every step; a pass of a sharded model would wait for a rank that has left
+        self.searcher.can_stop = not self.crew.team.sharded
         self.together(self._load_probes)
         self.evaluating = Evaluating(
             self.search,

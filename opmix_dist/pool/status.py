@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 from opmix_dist.exchange.rundir import SearchDir, write_record
 from opmix_dist.exchange.schemas import SearchStage, SearchStatus
@@ -15,10 +16,16 @@ FINAL_ATTEMPTS = 4
 
 
 class StatusWriter:
-    """Written by the pool's leader only; the other ranks call it too and write nothing."""
+    """Written by the pool's leader only; the other ranks call it too and write nothing.
 
-    def __init__(self, search: SearchDir, *, writes: bool) -> None:
-        self._search, self._writes = search, writes
+    Args:
+        on_beat: called after each piece of work; may raise.
+    """
+
+    def __init__(
+        self, search: SearchDir, *, writes: bool, on_beat: Callable[[], None] = lambda: None
+    ) -> None:
+        self._search, self._writes, self._on_beat = search, writes, on_beat
         self._beat = 0
         self._last_write = self._last_log = 0.0
 
@@ -42,6 +49,7 @@ class StatusWriter:
             self._write()
         if now - self._last_log >= LOG_INTERVAL_S:
             self._log()
+        self._on_beat()
 
     def _log(self) -> None:
         if self._writes:

@@ -30,6 +30,7 @@ from opmix_dist.pool.team import require_whole_teams
 from opmix_dist.pool.worker import oldest_open_search
 from opmix_dist.process import die_with_parent
 from opmix_dist.settings import to_yaml
+from opmix_dist.stopping import launch_is_told
 
 log = logging.getLogger(__name__)
 END_GRACE_S = 5.0
@@ -41,18 +42,20 @@ class Supervisor:
 
     def __init__(self, run: RunDir, config: RunConfig, placement: Placement) -> None:
         self.run, self.config, self.placement = run, config, placement
-        self.generations = Generations(launch_store())
+        self.store = launch_store()
+        self.generations = Generations(self.store)
         self.deaths: dict[str, int] = {}
         self.child: subprocess.Popen[bytes] | None = None
 
     def supervise(self) -> None:
-        """Start workers until the run is over."""
-        signal.signal(signal.SIGTERM, self._stop)
+        """Start workers until the run is over, or its trainers were stopped on request."""
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._stop)
         while True:
             generation = self.generations.current()
             self.child = self._start(generation)
             code = self._wait(generation)
-            if code == 0 or self.run.summary_file.exists():
+            if code == 0 or self._over():
                 return
             try:
                 restart = self._may_restart(code)
@@ -64,6 +67,10 @@ class Supervisor:
                 self._wait_for_the_end()
                 return
             time.sleep(self.config.pool.poll_interval_s)
+
+    def _over(self) -> bool:
+        """The run has ended, or the trainers of this launch have, as they were asked to."""
+        return self.run.summary_file.exists() or launch_is_told(self.store)
 
     def _start(self, generation: int) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "OPMIX_POOL_GENERATION": str(generation)}
@@ -86,10 +93,10 @@ class Supervisor:
         while (code := self.child.poll()) is None:
             if self.generations.current() != generation:
                 self.child.kill()
-            elif self.run.summary_file.exists():
+            elif self._over():
                 self._end_child()
             time.sleep(self.config.pool.poll_interval_s)
-        if code != 0 and not self.run.summary_file.exists():
+        if code != 0 and not self._over():
             self.generations.advance_from(generation)
         return code
 
@@ -102,7 +109,7 @@ class Supervisor:
             self.child.wait()
 
     def _wait_for_the_end(self) -> None:
-        while not self.run.summary_file.exists():
+        while not self._over():
             time.sleep(self.config.pool.poll_interval_s)
 
     def _may_restart(self, code: int) -> bool:
@@ -124,9 +131,10 @@ class Supervisor:
         return True
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
+        """Quietly: where a launcher watches, another code would end the trainers before they have saved."""
         if self.child is not None:
             self.child.kill()
-        os._exit(128 + signum)
+        os._exit(0 if has_launcher() else 128 + signum)
 
 
 class Generations:

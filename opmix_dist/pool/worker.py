@@ -66,9 +66,10 @@ def main() -> None:
     supervisor."""
     from opmix_dist.logs import set_up_logging
     from opmix_dist.pool.errors import BrokenTeamError
-    from opmix_dist.process import die_with_parent, end_process
+    from opmix_dist.process import die_with_parent, end_process, leave_stopping_to_parent
 
     die_with_parent()
+    leave_stopping_to_parent()
     rank, size = int(sys.argv[1]), int(sys.argv[2])
     set_up_logging(f"pool {rank}")
     config = check_config(yaml.safe_load(sys.stdin.read()))

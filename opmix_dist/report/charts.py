@@ -46,7 +46,8 @@ def binned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[fl
     return [float(x[g[-1]]) for g in groups], [float(np.mean([y[i] for i in g])) for g in groups]
 
 
-def _figure(height: int, title: str = "", **layout: object) -> go.Figure:
+def blank(height: int, title: str = "", **layout: object) -> go.Figure:
+    """A figure of so many pixels without traces, whose look is left to the page."""
     heading = {"title": {"text": plain(title)}, "margin": {"t": 36}} if title else {}
     return go.Figure(layout={"height": height, "template": None, **heading, **layout})
 
@@ -55,7 +56,7 @@ def mixture_over_time(
     mixtures: Sequence[MixtureRecord], last_step: int, colours: Mapping[str, str]
 ) -> go.Figure:
     """Stacked shares by step; a line at each decision, with its reason in the hover box."""
-    figure = _figure(340, yaxis={"tickformat": ".0%", "range": [0, 1.06]}, xaxis={"title": {"text": "step"}})
+    figure = blank(340, yaxis={"tickformat": ".0%", "range": [0, 1.06]}, xaxis={"title": {"text": "step"}})
     steps = [*(m.step for m in mixtures), max(last_step, mixtures[-1].step)]
     for name, colour in colours.items():
         shares = [m.weights.get(name, 0.0) for m in [*mixtures, mixtures[-1]]]
@@ -100,7 +101,7 @@ def heldout_loss(
     domain: str, evals: Sequence[EvalLine], baseline: Sequence[EvalLine], colour: str
 ) -> go.Figure:
     """One domain's held-out loss over training tokens; the baseline dashed."""
-    figure = _figure(230, domain, xaxis={"title": {"text": "tokens"}}, showlegend=False)
+    figure = blank(230, domain, xaxis={"title": {"text": "tokens"}}, showlegend=False)
     for lines, name, style in (
         (baseline, "baseline", {"dash": "dash", "color": GREY}),
         (evals, "this run", {"color": colour}),
@@ -137,7 +138,7 @@ def final_comparison(rows: Sequence[tables.LossRow], colours: Mapping[str, str])
 
 def _by_domain(domains: Sequence[str], x_title: str, title: str = "") -> go.Figure:
     """A figure with a row per domain, the first on top."""
-    return _figure(
+    return blank(
         (90 if title else 70) + 34 * len(domains),
         title,
         xaxis={"title": {"text": x_title}},
@@ -149,7 +150,7 @@ def _by_domain(domains: Sequence[str], x_title: str, title: str = "") -> go.Figu
 def law_against_measured(domain: str, candidates: Candidates, colour: str) -> go.Figure:
     """Loss by the law against the measured one of each candidate (dots) and of the proposal (star, not in the
     fit); rings are what laws fitted to other candidates say."""
-    figure = _figure(
+    figure = blank(
         270,
         domain,
         xaxis={"title": {"text": "measured"}},
@@ -186,7 +187,7 @@ def _coefficients(components: Sequence[str], u: np.ndarray) -> str:
 
 def probe_curves(curves: Mapping[str, Sequence[CurvePoint]], colours: Mapping[str, str]) -> go.Figure:
     """Training loss of each probe on its own component."""
-    figure = _figure(330, xaxis={"title": {"text": "probe step"}}, yaxis={"title": {"text": "loss"}})
+    figure = blank(330, xaxis={"title": {"text": "probe step"}}, yaxis={"title": {"text": "loss"}})
     for name, points in curves.items():
         x, y = binned([p.step for p in points], [p.loss for p in points])
         line = {"width": 1.6, "color": colours.get(name, GREY)}
@@ -273,7 +274,7 @@ def landing(
 def compute_shares(ledgers: Mapping[str, Mapping[str, PhaseCost]]) -> go.Figure:
     """Each phase's share of the FLOPs and of the device-seconds of its run, from run name to phases."""
     bars = [(run, unit, name) for run in ledgers for unit, name in _UNITS.items()]
-    figure = _figure(110 + 40 * len(bars), barmode="stack", xaxis={"tickformat": ".0%"},
+    figure = blank(110 + 40 * len(bars), barmode="stack", xaxis={"tickformat": ".0%"},
                      yaxis={"autorange": "reversed", "type": "category"})  # fmt: skip
     phases = list(dict.fromkeys(phase for costs in ledgers.values() for phase in costs))
     for i, phase in enumerate(phases):
@@ -296,7 +297,7 @@ _UNITS = {"flops": "FLOPs", "device_seconds": "device-seconds"}
 
 def training_loss(views: Sequence[RunView]) -> go.Figure:
     """Training loss over tokens in means of consecutive logged steps; the last run solid, others dashed."""
-    figure = _figure(320, xaxis={"title": {"text": "tokens"}}, yaxis={"title": {"text": "training loss"}})
+    figure = blank(320, xaxis={"title": {"text": "tokens"}}, yaxis={"title": {"text": "training loss"}})
     for view in views:
         x, y = binned([line.tokens for line in view.train], [line.loss for line in view.train])
         line = {"color": _SLATES[0]} if view is views[-1] else {"color": GREY, "dash": "dash"}

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from opmix_dist.bounded import require_ordinary
 from opmix_dist.config import RunConfig, SearchRunConfig
 from opmix_dist.errors import UserError
 from opmix_dist.exchange.rundir import RunDir, SearchDir, read_records
@@ -36,6 +37,7 @@ from opmix_dist.exchange.schemas import (
 
 T = TypeVar("T")
 MAX_CANDIDATE_ROWS = 1_000_000
+MAX_CANDIDATES_BYTES = 1 << 30
 
 
 class CurvePoint(Record):
@@ -216,6 +218,7 @@ def _candidates(path: Path, components: Sequence[str]) -> Candidates:
     names = ["kind", "domain", *measured, *(f"u_{c}" for c in components)]
     slopes = [f"gradient_{c}" for c in components]
     try:
+        require_ordinary(path, MAX_CANDIDATES_BYTES)
         metadata = pq.read_metadata(path)
         if metadata.num_rows > MAX_CANDIDATE_ROWS:
             raise UserError(f"{path} has more than {MAX_CANDIDATE_ROWS} rows; a search writes far fewer")

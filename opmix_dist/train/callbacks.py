@@ -38,18 +38,22 @@ class Callback:
         """After the last step and the last evaluation; every rank. May communicate."""
 
     def on_stop(self, trainer: Trainer) -> None:
-        """The data allow no further step, and the run is about to fail; every rank. May communicate."""
+        """The run ends before its last step, as asked or for want of data; every rank. May communicate."""
 
     def close(self) -> None:
         """The loop was left, by its end or by an error."""
 
 
 class JsonlLogger(Callback):
-    """metrics/train.jsonl and metrics/eval.jsonl, on the leader. To fsync every step's line would hold all
-    ranks up by milliseconds: it is done before a checkpoint, behind which a resume drops what there is."""
+    """metrics/train.jsonl and metrics/eval.jsonl, on the leader. A full disk does not end training.
+
+    To fsync every step's line would hold all ranks up by milliseconds: it is done before a checkpoint, behind
+    which a resume drops what there is."""
 
     def on_start(self, trainer: Trainer) -> None:
         """Drop lines of steps that a resumed run is about to do again."""
+        self.train = files.PatientLines(trainer.run.train_file)
+        self.eval = files.PatientLines(trainer.run.eval_file)
         for path in (trainer.run.train_file, trainer.run.eval_file):
             if path.exists():
                 kept = [row for row in files.read_jsonl(path) if row["step"] <= trainer.state.step]
@@ -57,10 +61,10 @@ class JsonlLogger(Callback):
 
     def on_step(self, trainer: Trainer, line: TrainLine) -> None:
         if trainer.world.is_leader:
-            files.append_jsonl(trainer.run.train_file, line.model_dump(), sync=False)
+            self.train.append(line.model_dump(), sync=False)
 
     def on_evaluation(self, trainer: Trainer, line: EvalLine) -> None:
-        files.append_jsonl(trainer.run.eval_file, line.model_dump())
+        self.eval.append(line.model_dump())
 
 
 class ProgressReporter(Callback):
@@ -146,7 +150,8 @@ def _scalars(line: TrainLine) -> dict[str, float]:
     return scalars | {f"train_domain/{name}": loss for name, loss in line.domain_loss.items()}
 
 
-def _require(package: str, setting: str) -> None:
+def require(package: str, setting: str) -> None:
+    """UserError where a package that ``setting`` asks for is not installed."""
     if importlib.util.find_spec(package) is None:
         raise UserError(f"{setting} needs the package {package}: install it or unset {setting}")
 
@@ -155,7 +160,7 @@ class TensorBoardLogger(Callback):
     """Losses, learning rate, speed, mixture and held-out losses as TensorBoard events, on the leader."""
 
     def __init__(self, folder: str) -> None:
-        _require("tensorboard", "logging.tensorboard")
+        require("tensorboard", "logging.tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(folder)
@@ -180,7 +185,7 @@ class WandbLogger(Callback):
     """The same in Weights & Biases, on the leader."""
 
     def __init__(self, project: str, name: str, config: dict[str, Any], folder: str) -> None:
-        _require("wandb", "logging.wandb_project")
+        require("wandb", "logging.wandb_project")
         import wandb
 
         self.run = wandb.init(project=project, name=name, config=config, dir=folder, resume="allow")

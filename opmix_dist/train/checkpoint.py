@@ -3,39 +3,50 @@
 Their format is that of :meth:`~opmix_dist.engines.base.Engine.state_dict`, the same for all engines.
 
 A checkpoint is a fresh folder that counts once its completion marker is there; the marker is the last file
-written. DCP's ``.metadata`` and its non-tensor entries are pickles: they are read through an unpickler that
-admits DCP's own metadata types only, and through ``weights_only`` loading.
+written, and holds size and checksum of each of the others. A resume takes the newest checkpoint whose files
+are as they were written.
 """
 
 from __future__ import annotations
 
-import io
 import logging
 import pickle
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from opmix_dist.config import CheckpointConfig
-from opmix_dist.distributed import World
+from opmix_dist.distributed import PeerError, World
 from opmix_dist.engines.base import KINDS, Engine, Kind
 from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
+from opmix_dist.exchange.manifest import CheckpointMarker, damage
 from opmix_dist.exchange.rundir import RunDir, read_record, write_record
+from opmix_dist.train.checkpoint_storage import HashingWriter, SafePlanner, SafeReader
 from opmix_dist.train.state import TrainerState
 
 log = logging.getLogger(__name__)
 STATE_FILE = "trainer.json"
+
+
+@dataclass(frozen=True)
+class _Saving:
+    """A save under way. ``settled`` is set on the leader once the folder is complete, or removed again."""
+
+    step: int
+    future: Future[Any]
+    settled: threading.Event = field(default_factory=threading.Event)
 
 
 class Checkpointer:
@@ -45,74 +56,141 @@ class Checkpointer:
         self.run, self.config, self.world = run, config, world
         # Its own group: the collectives of a save in the background would meet training's in the default one.
         self.group = dist.new_group(backend="gloo")
-        self._pending: tuple[int, Future[Any]] | None = None
+        self._saving: _Saving | None = None
 
     def save(self, engine: Engine, state: TrainerState) -> None:
         """Collective. Returns when the state has been copied; a save before it has ended by then.
 
-        A save that fails (disk full) is logged and leaves no readable checkpoint; training goes on.
+        A save that fails (disk full) is logged and its files are removed; training goes on.
         """
         self.wait()
         folder = self.run.checkpoint(state.step)
-        failure = self.world.share_text(self._begin(folder, state) if self.world.is_leader else None)
+        failure = self._begin(engine, folder, state)
         if failure:
-            log.warning("the checkpoint of step %d failed: %s", state.step, failure)
+            if self.world.is_leader:
+                self._give_up(state.step, failure)
             return
-        engine.save_beside(folder)
-        future = dcp.async_save(engine.state_dict(), checkpoint_id=folder, process_group=self.group)
+        writer = HashingWriter(folder, self.world)
+        # without it the writer itself would copy the state, as it did before DCP had stagers
+        stager = DefaultStager(StagingOptions(False, False, False, False))
+        future = dcp.async_save(
+            engine.state_dict(), storage_writer=writer, async_stager=stager, process_group=self.group
+        )
         assert isinstance(future, Future)
-        step = state.step  # `state` moves on with training, before the save has ended
-        self._pending = (step, future)
+        future.add_done_callback(lambda done: stager.close())
+        self._saving = saving = _Saving(state.step, future)  # `state` moves on with training
         if self.world.is_leader:
-            self._finished = threading.Event()
-            future.add_done_callback(lambda done: self._finish(step, done))
+            future.add_done_callback(lambda done: self._settle(saving, writer))
         if not self.config.asynchronous:
             self.wait()
 
-    def _begin(self, folder: Path, state: TrainerState) -> str:
-        """On the leader: a fresh folder with the trainer's state; why it could not be made, or ""."""
+    def _begin(self, engine: Engine, folder: Path, state: TrainerState) -> str:
+        """Collective. A fresh folder with the trainer's state; why it could not be made, or ""."""
+        failure = self.world.share_text(_make(folder, state) if self.world.is_leader else None)
+        if failure:
+            return failure
         try:
-            files.remove_folder(folder)
-            write_record(folder / STATE_FILE, state)
-        except OSError as error:
-            return str(error)
-        return ""
+            engine.save_beside(folder)
+        except (OSError, RuntimeError) as error:  # torch's writers turn a full disk into the latter
+            failure = str(error)
+        return self._agree(failure or None)
 
-    def _finish(self, step: int, done: Future[Any]) -> None:
+    def _settle(self, saving: _Saving, writer: HashingWriter) -> None:
         """On the leader, in the saving thread. DCP's coordinator is done when every rank has written."""
+        failure = _reason(saving.future.exception())
         try:
-            if done.exception() is None:  # else wait() reports it
-                files.mark_complete(self.run.checkpoint(step), {"step": step})
-                for old in self.run.complete_checkpoints()[: -self.config.keep]:
-                    files.remove_folder(self.run.checkpoint(old))
+            if not failure:
+                marker = CheckpointMarker(step=saving.step, files=writer.manifest)
+                files.mark_complete(writer.folder, marker.model_dump(mode="json"))
         except OSError as error:
-            log.warning("the checkpoint of step %d could not be completed: %s", step, error)
-        finally:
-            self._finished.set()
+            failure = str(error)
+        if failure:
+            self._give_up(saving.step, failure)
+        else:
+            self._prune()
+        saving.settled.set()
+
+    def _give_up(self, step: int, reason: str) -> None:
+        """On the leader. What was written makes room again; the checkpoints before it stay."""
+        log.warning("the checkpoint of step %d could not be written and is removed: %s", step, reason)
+        _remove(self.run.checkpoint(step))
+
+    def _prune(self) -> None:
+        """On the leader. Remove what ``keep`` and ``keep_every_steps`` do not keep."""
+        every = self.config.keep_every_steps
+        for step in self.run.complete_checkpoints()[: -self.config.keep]:
+            if not every or step % every:
+                _remove(self.run.checkpoint(step))
 
     def wait(self) -> None:
         """Let a save in the background end; collective in the sense that all ranks wait for theirs."""
-        if self._pending is None:
+        if self._saving is None:
             return
-        step, future = self._pending
-        self._pending = None
-        try:
-            future.result()
-            if self.world.is_leader:
-                self._finished.wait()
-        except Exception as error:  # whatever the storage raised: training must go on
-            log.warning("the checkpoint of step %d failed and is not used: %s", step, error)
+        saving, self._saving = self._saving, None
+        failure = _reason(saving.future.exception())
+        if self.world.is_leader:
+            saving.settled.wait()  # and has said why it failed, if it did
+        elif failure:
+            log.debug("the checkpoint of step %d failed: %s", saving.step, failure)
 
     def newest(self) -> int | None:
-        """Collective. Step of the newest complete checkpoint; the leader removes unfinished ones."""
-        step = -1
-        if self.world.is_leader:
-            for folder in self.run.incomplete_checkpoints():
-                log.info("removing %s, which was never finished", folder)
-                files.remove_folder(folder)
-            step = max(self.run.complete_checkpoints(), default=-1)
-        step = int(self.world.share([step] if self.world.is_leader else None)[0])
-        return None if step < 0 else step
+        """Collective. Step of the newest checkpoint whose files are as they were written; None: there is none
+        at all.
+
+        Of what is newer, the leader removes what was never finished, and sets aside what is damaged.
+
+        Raises:
+            UserError: on every rank; there are checkpoints, and all of them are damaged.
+        """
+        reasons: dict[int, str] = {}
+        for step in map(int, self._on_leader(self._finished_steps)):
+            reason = self._damage(step)
+            if not reason:
+                self._on_leader(partial(self._set_aside, reasons, step))
+                return step
+            reasons[step] = reason
+        if reasons:
+            raise UserError(
+                f"no checkpoint in {self.run.checkpoints} can be read ({_listed(reasons)}): restore one, or "
+                "remove the folder to start from step 0"
+            )
+        return None
+
+    def _finished_steps(self) -> list[int]:
+        """On the leader, newest first; what was never finished is removed."""
+        for folder in self.run.incomplete_checkpoints():
+            log.info("removing %s, which was never finished", folder)
+            files.remove_folder(folder)
+        return self.run.complete_checkpoints()[::-1]
+
+    def _damage(self, step: int) -> str:
+        """Collective. How the checkpoint differs from what was written, or "". Each rank looks at a share of
+        the files."""
+        folder = self.run.checkpoint(step)
+        try:
+            marker = read_record(folder / files.COMPLETE, CheckpointMarker)
+            if marker.files is None and self.world.is_leader:
+                log.warning("%s was written without checksums: it is taken as it is", folder)
+            names = sorted(marker.files or {})
+            mine = {name: (marker.files or {})[name] for name in names[self.world.rank :: self.world.size]}
+            failure = damage(folder, mine, checksums=self.config.verify == "checksums")
+        except (UserError, OSError) as error:
+            failure = str(error)
+        return self._agree(failure)
+
+    def _set_aside(self, reasons: dict[int, str], taken: int) -> list[int]:
+        """On the leader. Damaged checkpoints make way under another name; of those, ``keep`` stay."""
+        for step, reason in reasons.items():
+            aside = self.run.damaged_checkpoint(step)
+            files.remove_folder(aside)
+            self.run.checkpoint(step).rename(aside)
+            log.warning("the checkpoint of step %d is damaged (%s) and set aside as %s", step, reason, aside)
+        if reasons:
+            lost = max(reasons) - taken
+            log.warning("going on from step %d: at least %d steps are lost and done again", taken, lost)
+        for old in self.run.damaged_checkpoints()[: -self.config.keep]:
+            files.remove_folder(self.run.damaged_checkpoint(old))
+        return []
 
     def load(self, engine: Engine, step: int) -> TrainerState:
         """Collective. Restore the engine, whatever engine wrote it, on any number of trainer ranks: with the
@@ -138,14 +216,35 @@ class Checkpointer:
 
         try:
             engine.load_state(read, optimizer=same)
-        except dcp.api.CheckpointException as error:
-            first = next(iter(error.failures.values()))[0]
+        except CheckpointException as error:
             raise UserError(
-                f"cannot load the checkpoint {folder} ({first}): delete it to resume from the one before"
+                f"cannot load the checkpoint {folder} ({_reason(error)}): delete it to resume from the one "
+                "before"
             ) from None
         if self.world.is_leader:
             log.info("%s", _told(state, engine))
         return state
+
+    def _agree(self, failure: str | None) -> str:
+        """Collective. The failure of the first rank that has one, or ""."""
+        try:
+            self.world.agree(failure)
+        except PeerError as error:
+            return str(error)
+        return ""
+
+    def _on_leader(self, work: Callable[[], Sequence[int]]) -> list[float]:
+        """Collective. What the leader found, on every rank; its OSError is a UserError on all."""
+        found: Sequence[int] = ()
+        failure = ""
+        if self.world.is_leader:
+            try:
+                found = work()
+            except OSError as error:
+                failure = str(error)
+        if reason := self._agree(failure or None):
+            raise UserError(f"{self.run.checkpoints} cannot be put in order: {reason}; mend its permissions")
+        return self.world.share([float(step) for step in found] if self.world.is_leader else None)
 
 
 def _told(state: TrainerState, engine: Engine) -> str:
@@ -185,57 +284,30 @@ def _lacking(folder: Path, shapes: Mapping[str, torch.Size], kinds: Sequence[Kin
     return ""
 
 
-_DCP_METADATA = "torch.distributed.checkpoint.metadata"
-_ADMITTED = {
-    (_DCP_METADATA, "Metadata"),
-    (_DCP_METADATA, "MetadataIndex"),
-    (_DCP_METADATA, "TensorStorageMetadata"),
-    (_DCP_METADATA, "TensorProperties"),
-    (_DCP_METADATA, "ChunkStorageMetadata"),
-    (_DCP_METADATA, "BytesStorageMetadata"),
-    (_DCP_METADATA, "StorageMeta"),
-    (_DCP_METADATA, "_MEM_FORMAT_ENCODING"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
-    ("collections", "OrderedDict"),
-}
+def _make(folder: Path, state: TrainerState) -> str:
+    """Why a fresh folder with the trainer's state could not be made, or ""."""
+    try:
+        files.remove_folder(folder)
+        write_record(folder / STATE_FILE, state)
+    except OSError as error:
+        return str(error)
+    return ""
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if (module, name) not in _ADMITTED and not is_dtype:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
-        return super().find_class(module, name)
+def _remove(folder: Path) -> None:
+    try:
+        files.remove_folder(folder)
+    except OSError as error:
+        log.warning("%s cannot be removed: %s", folder, error)
 
 
-class SafeReader(FileSystemReader):
-    """DCP's reader, with metadata restricted to DCP's own types."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        file = Path(self.path) / ".metadata"
-        if not file.is_file() or file.stat().st_size > files.MAX_JSON_BYTES:
-            raise UserError(f"{file} is missing or too large")
-        metadata = _MetadataUnpickler(io.BytesIO(file.read_bytes())).load()
-        if not isinstance(metadata, Metadata):
-            raise UserError(f"{file} does not hold checkpoint metadata")
-        for info in metadata.storage_data.values():
-            if Path(info.relative_path).name != info.relative_path:
-                raise UserError(f"{file} names a file outside of its folder: {info.relative_path}")
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+def _reason(error: BaseException | None) -> str:
+    """One line; "" for None. Of what failed on several ranks, the first."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (cause, _) = min(error.failures.items())
+        return f"rank {rank}: {_reason(cause)}"
+    return "" if error is None else " ".join(str(error).split()) or type(error).__name__
 
 
-class SafePlanner(DefaultLoadPlanner):
-    """DCP's planner, with non-tensor entries loaded as plain data only."""
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        plain = torch.load(value, weights_only=True)  # raises on anything but plain data
-        checked = io.BytesIO()
-        torch.save(plain, checked)
-        checked.seek(0)
-        super().load_bytes(read_item, checked)
+def _listed(reasons: dict[int, str]) -> str:
+    return "; ".join(f"step {step}: {reason}" for step, reason in reasons.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from datetime import UTC, datetime
 
 import numpy
 import torch
@@ -27,7 +28,7 @@ from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
 from opmix_dist.exchange.opening import open_run
 from opmix_dist.exchange.rundir import RunDir, write_record
-from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, Summary
+from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, Stopped, Summary
 from opmix_dist.ledger import Ledger
 from opmix_dist.logs import set_up_logging
 from opmix_dist.models.build import check_tokenizer
@@ -40,6 +41,7 @@ from opmix_dist.pool.supervisor import Supervisor
 from opmix_dist.pool.team import require_whole_teams
 from opmix_dist.process import die_with_parent
 from opmix_dist.seeds import derive_seed
+from opmix_dist.stopping import StopRequested, StopSignals, name_of, tell_launch
 from opmix_dist.train.callbacks import (
     Callback,
     CheckpointCallback,
@@ -47,18 +49,23 @@ from opmix_dist.train.callbacks import (
     ProgressReporter,
     TensorBoardLogger,
     WandbLogger,
+    require,
 )
 from opmix_dist.train.checkpoint import Checkpointer
 from opmix_dist.train.model_writer import ModelWriter
 from opmix_dist.train.policy import POLICIES, Surroundings, check_schedule
+from opmix_dist.train.ranks import check_ranks
 from opmix_dist.train.state import TrainerState
 from opmix_dist.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 
-def run_job(config: RunConfig) -> None:
-    """Every rank of the launch calls this.
+def run_job(config: RunConfig) -> Stopped | None:
+    """Every rank of the launch calls this, in its main thread.
+
+    Returns:
+        None when the run has ended; else how a trainer rank was stopped, on request.
 
     Raises:
         UserError: anything in the configuration, the data or the run directory that the user can mend; before
@@ -66,12 +73,14 @@ def run_job(config: RunConfig) -> None:
     """
     if has_launcher():  # a shell may end before the job that it started
         die_with_parent()
+    stop = StopSignals()
+    stop.listen()
     placement = Placement.from_environment(config.pool.ranks)
     set_up_logging(f"{placement.role} {placement.rank}")
     run = RunDir(config.run_dir)
     if placement.role is Role.POOL:
         Supervisor(run, config, placement).supervise()
-        return
+        return None
     catalogue = open_data(config.data)
     weights = chosen_mixture(config.mixture.initial, catalogue, "mixture.initial")
     for step, chosen in config.mixture.schedule.items():
@@ -83,27 +92,17 @@ def run_job(config: RunConfig) -> None:
         use_deterministic_kernels()
     world = World.join(placement, device=config.engine.device, timeout_s=config.engine.collective_timeout_s)
     try:
-        Job(run, config, world, catalogue, weights).run_to_end()
+        stopped = Job(run, config, world, catalogue, weights, stop).run_to_end()
     except BaseException:
         world.abandon()
         raise
     world.leave()
+    return stopped
 
 
 def check_config_against(config: RunConfig, catalogue: Catalogue, placement: Placement) -> None:
     """What the configuration alone cannot tell: sizes that depend on the data and the number of ranks."""
-    each = config.engine.ranks_per_replica
-    if placement.size % each:
-        raise UserError(
-            f"engine.name {config.engine.name} divides the model over {each} ranks, of which "
-            f"{placement.size} trainer rank(s) are no multiple: start others, or change the engine's settings"
-        )
-    replicas = placement.size // each
-    if config.train.global_batch_size % (config.train.micro_batch_size * replicas):
-        raise UserError(
-            f"train.global_batch_size {config.train.global_batch_size} must be a multiple of "
-            f"train.micro_batch_size x copies of the model = {config.train.micro_batch_size} x {replicas}"
-        )
+    check_ranks(config, placement.size)
     if config.mixture.policy == "opmix":
         check_components(catalogue.names)
         if not (config.pool.ranks or config.pool.external):
@@ -115,21 +114,55 @@ class Job:
     """The trainer ranks' side of a run: open the run directory, build, train, export, sum up."""
 
     def __init__(
-        self, run: RunDir, config: RunConfig, world: World, catalogue: Catalogue, weights: dict[str, float]
+        self,
+        run: RunDir,
+        config: RunConfig,
+        world: World,
+        catalogue: Catalogue,
+        weights: dict[str, float],
+        stop: StopSignals,
     ) -> None:
         self.run, self.config, self.world = run, config, world
-        self.catalogue, self.weights = catalogue, weights
+        self.catalogue, self.weights, self.stop = catalogue, weights, stop
 
-    def run_to_end(self) -> None:
+    def run_to_end(self) -> Stopped | None:
+        """Collective. None, or how the run was stopped before."""
         with open_run(self.run, self.config, self.world, RESUME_MAY_CHANGE):
             if not self._already_ended():
-                self._run()
-            elif self.world.is_leader:
+                return self._run()
+            if self.world.is_leader:
                 log.info("%s has ended already: nothing to do", self.run.path)
+            return None
 
-    def _run(self) -> None:
+    def _run(self) -> Stopped | None:
+        if self.world.is_leader:
+            self.run.stopped_file.unlink(missing_ok=True)
         trainer = self._build()
-        last = trainer.fit()
+        try:
+            with self.stop.listening_to_keyboard():
+                last = trainer.fit()
+        except StopRequested:
+            return self._say_stopped(trainer.state.step)
+        self._finish(trainer, last)
+        return None
+
+    def _say_stopped(self, step: int) -> Stopped:
+        """Collective. Write stopped.json, and let the pool ranks of this launch end."""
+        number = self.stop.agreed(self.world)
+        text = None
+        if self.world.is_leader:
+            stopped = Stopped(
+                step=step,
+                checkpoint=max(self.run.complete_checkpoints(), default=None),
+                signal=name_of(number),
+                at=datetime.now(UTC).isoformat(timespec="seconds"),
+            )
+            write_record(self.run.stopped_file, stopped)
+            tell_launch()
+            text = stopped.model_dump_json()
+        return Stopped.model_validate_json(self.world.share_text(text))
+
+    def _finish(self, trainer: Trainer, last: EvalLine) -> None:
         search_losses = trainer.losses_by_domain(self._search_samples()).loss.tolist()
         self._export()
         if self.world.is_leader:
@@ -171,7 +204,9 @@ class Job:
         recorded = self._recorded()
         check_schedule(config, recorded, state.step)
         ledger = Ledger(world.size, state.costs, peak_flops=engine_peak_flops(config.engine, world.device))
-        around = Surroundings(self.run, config, world, self.writer, catalogue, ledger, reporter.on_search)
+        around = Surroundings(
+            self.run, config, world, self.writer, catalogue, ledger, reporter.on_search, self.stop
+        )
         return Trainer(
             run=self.run,
             config=config,
@@ -185,6 +220,7 @@ class Job:
             state=state,
             recorded=recorded,
             ledger=ledger,
+            stop=self.stop,
         )
 
     def _open_source(self) -> ModelSource:
@@ -291,6 +327,18 @@ class Job:
                 plain = self.config.model_dump(mode="json")
                 callbacks.append(
                     WandbLogger(logging_config.wandb_project, self.run.path.name, plain, str(self.run.path))
+                )
+            if logging_config.prometheus_port is not None:
+                require("prometheus_client", "logging.prometheus_port")
+                from opmix_dist.train.prometheus import PrometheusExporter
+
+                callbacks.append(
+                    PrometheusExporter(
+                        self.run,
+                        self.config.train.steps,
+                        host=logging_config.prometheus_host,
+                        port=logging_config.prometheus_port,
+                    )
                 )
         callbacks.append(CheckpointCallback(checkpointer, self.config.checkpoint.interval_steps))
         return callbacks

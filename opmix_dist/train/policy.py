@@ -21,6 +21,7 @@ from opmix_dist.exchange.schemas import MixtureRecord, Proposal, SearchRequest, 
 from opmix_dist.ledger import Ledger
 from opmix_dist.pool.requests import search_request
 from opmix_dist.pool.run_search import Searcher
+from opmix_dist.stopping import StopSignals
 from opmix_dist.train.model_writer import ModelWriter
 from opmix_dist.train.state import TrainerState
 
@@ -39,6 +40,7 @@ class Surroundings:
     ledger: Ledger
     on_search: Callable[[str, SearchStatus | None], None]
     """Told the search's name and status while its answer is awaited; on the leader."""
+    stop: StopSignals
 
 
 class MixturePolicy(ABC):
@@ -135,7 +137,11 @@ class OpMixPolicy(MixturePolicy):
             return self._answer(state)
 
     def _answer(self, state: TrainerState) -> MixtureRecord | None:
-        """The decision once it is there; ``async`` looks once, ``sync`` waits for it. Collective."""
+        """The decision once it is there; ``async`` looks once, ``sync`` waits for it. Collective.
+
+        Raises:
+            StopRequested: the run was asked to stop meanwhile; a resumed one goes on waiting.
+        """
         config, world = self.around.config, self.around.world
         while True:
             self._follow_snapshot()
@@ -145,6 +151,7 @@ class OpMixPolicy(MixturePolicy):
             if config.search.mode == "async":
                 return None
             time.sleep(config.pool.poll_interval_s)
+            self.around.stop.stop_if_agreed(world)
 
     def _ask(self, state: TrainerState) -> None:
         """Begin the snapshot, unless an earlier attempt at this run has asked. Collective."""
@@ -184,7 +191,7 @@ class OpMixPolicy(MixturePolicy):
                 self._follow_snapshot()
         if not self._failure and not self._answered():
             with around.ledger.aside():  # proposal.json has its costs
-                Searcher(around.run, around.config, around.world).answer(self.search)
+                Searcher(around.run, around.config, around.world, stop=around.stop).answer(self.search)
 
     def _follow_snapshot(self) -> None:
         """Request the search once all ranks have written. Collective."""

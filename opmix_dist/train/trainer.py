@@ -21,6 +21,7 @@ from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, TrainLine
 from opmix_dist.ledger import Ledger
 from opmix_dist.models.loss import DomainLosses, losses_by_domain
 from opmix_dist.seeds import derive_seed
+from opmix_dist.stopping import StopRequested, StopSignals
 from opmix_dist.train.callbacks import Callback
 from opmix_dist.train.checkpoint import Checkpointer
 from opmix_dist.train.policy import MixturePolicy
@@ -49,6 +50,7 @@ class Trainer:
     state: TrainerState
     recorded: dict[int, MixtureRecord]
     ledger: Ledger
+    stop: StopSignals
 
     def __post_init__(self) -> None:
         self._last_evaluation: EvalLine | None = None
@@ -60,29 +62,38 @@ class Trainer:
         )
 
     def fit(self) -> EvalLine:
-        """Train to ``train.steps``. Collective over the trainer ranks; returns the last evaluation."""
+        """Train to ``train.steps``. Collective over the trainer ranks; returns the last evaluation.
+
+        Raises:
+            StopRequested: somebody asked for it; the state is saved.
+            UsedUpError: the data allow no further step; the state is saved.
+        """
         with self._closing():
             self.first_step = self.state.step
             self._announce("on_start")
             self._throughput.start()
-            while self.state.step < self.config.train.steps:
-                self._update_mixture()
-                try:
-                    line = self._train_step()
-                except UsedUpError:
-                    for callback in self.callbacks:
-                        callback.on_stop(self)
-                    raise
-                interval = self.config.train.eval_interval_steps
-                if interval and self.state.step % interval == 0:
-                    self.evaluate()
+            try:
+                while self.state.step < self.config.train.steps:
+                    self.stop.stop_if_agreed(self.world)
+                    self._update_mixture()
+                    self._step()
+            except (UsedUpError, StopRequested):
                 for callback in self.callbacks:
-                    callback.on_step(self, line)
+                    callback.on_stop(self)
+                raise
             self.policy.end(self.recorded)
             last = self.evaluate()
             for callback in self.callbacks:
                 callback.on_end(self)
             return last
+
+    def _step(self) -> None:
+        line = self._train_step()
+        interval = self.config.train.eval_interval_steps
+        if interval and self.state.step % interval == 0:
+            self.evaluate()
+        for callback in self.callbacks:
+            callback.on_step(self, line)
 
     def _update_mixture(self) -> None:
         record = self.policy.decide(self.state, self.recorded)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opmix_dist.errors import UserError
@@ -31,16 +31,20 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
     )
     seen = set()
     for _ in range(4):
+        files.write_json(path, {"n": -1, "pad": "x" * 10_000})
         writer = subprocess.Popen([sys.executable, "-c", code, str(path)])
-        end = time.monotonic() + 1.0
-        while time.monotonic() < end:
+        begun, late = None, time.monotonic() + 60
+        while begun is None or time.monotonic() < begun + 0.3:
             value = files.read_json(path)
             assert len(value["pad"]) == 10_000
             seen.add(value["n"])
+            if begun is None and value["n"] >= 0:
+                begun = time.monotonic()
+            assert begun or time.monotonic() < late, "the writer never got to write"
         writer.kill()
         writer.wait()
         assert len(files.read_json(path)["pad"]) == 10_000
-    assert len(seen) > 5, "the writer never got to write"
+    assert len(seen) > 5
 
 
 def test_failed_write_keeps_the_old_file_and_no_leftovers(tmp_path: Path) -> None:
@@ -70,6 +74,7 @@ def test_torn_last_line_is_dropped_and_a_torn_middle_is_named(tmp_path: Path) ->
         files.read_jsonl(path)
 
 
+@settings(deadline=None)  # a loaded machine is no failure
 @given(st.binary(max_size=200))
 def test_any_bytes_are_refused_or_read(data: bytes) -> None:
     path = Path(os.environ.get("TMPDIR", "/tmp")) / f"opmix_fuzz_{os.getpid()}.json"

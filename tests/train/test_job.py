@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -304,18 +307,31 @@ def test_a_run_continues_on_another_number_of_trainers(
 
 
 def test_a_snapshot_that_cannot_be_written_fails_the_search_only(tiny_data: Path, tmp_path: Path) -> None:
-    """And the cosine schedule and TensorBoard's events, which need a run of their own anyway."""
+    """And the cosine schedule, TensorBoard's events and metrics for Prometheus, which need a run anyway."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     config = tiny_config(
         tiny_data,
         tmp_path / "run",
         pool={"ranks": 0},
         schedule={"name": "cosine", "warmup_steps": 2},
-        logging={"tensorboard": True},
+        logging={"tensorboard": True, "prometheus_port": port},
     )
+
+    def metrics() -> str:
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer,
+        ):
+            return answer.read().decode()
+        return ""
+
     job = Job(config, ranks=1)
     job.wait_until(job.run.config_file.exists, "the run directory")
     job.run.snapshots.write_text("a file where a folder should be")
+    job.wait_until(lambda: "\nopmix_train_loss " in metrics(), "the first step's metrics")
     assert job.finish() == 0, job.log()
+    assert metrics() == ""
     assert "the snapshot could not be written" in job.run.mixtures()[1].why
     assert job.steps_done() == STEPS
     assert list((job.run.path / "metrics" / "tensorboard").glob("events.out.tfevents.*"))

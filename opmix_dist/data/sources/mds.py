@@ -45,8 +45,8 @@ class Shard(BaseModel):
     format: Literal["mds"]
     column_names: list[str]
     column_encodings: list[Annotated[str, Field(pattern=_SAFE)]]
-    column_sizes: list[Annotated[int, Field(ge=0)] | None]
-    samples: int = Field(ge=0)
+    column_sizes: list[Annotated[int, Field(ge=0, lt=1 << 32)] | None]
+    samples: int = Field(ge=0, lt=1 << 32)
     compression: str | None
     raw_data: _Part
     zip_data: _Part | None
@@ -267,9 +267,13 @@ def _fits(file: File) -> Iterator[None]:
 
 def _raw_shard(file: File, shard: Shard) -> bytes:
     """All bytes of a shard, decompressed; ValueError when they are not as many as the index says."""
+    packed = shard.zip_data is not None and file.base == shard.zip_data.basename.rpartition("/")[2]
+    stored = shard.zip_data if packed and shard.zip_data else shard.raw_data
+    if file.size > stored.bytes:  # before they are read
+        raise ValueError(f"{file.size} bytes are there, and {stored.bytes} were written")
     with reading(file.name), file.open() as stream:
         data = stream.read()
-    if shard.zip_data is not None and file.base == shard.zip_data.basename.rpartition("/")[2]:
+    if packed:
         data = _decompress(data, shard)
     if len(data) != shard.raw_data.bytes:
         raise ValueError(f"{len(data)} of {shard.raw_data.bytes} bytes are there")

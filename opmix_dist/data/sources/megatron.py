@@ -91,7 +91,7 @@ def _sound(name: str) -> Iterator[None]:
     """Turn what a damaged index makes megatron raise into a UserError."""
     try:
         yield
-    except (AssertionError, ValueError, IndexError, struct.error) as error:
+    except (AssertionError, ValueError, IndexError, OverflowError, struct.error) as error:
         raise UserError(
             f"{name} and its {MEGATRON_INDEX} do not fit: {one_line(error)}; copy them again"
         ) from error

@@ -13,7 +13,8 @@ from opmix_dist.data.sources.listing import CHUNK_BYTES, File, reading
 from opmix_dist.data.sources.rows import Fields, parse_line
 from opmix_dist.errors import UserError
 
-MAX_LINE_BYTES = 1 << 30
+MAX_LINE_BYTES = 1 << 28
+"""Of a document: a line of JSON, or a file of text."""
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -35,6 +36,9 @@ class TextChunk:
 
 def read_texts(first: int, files: Sequence[File]) -> TextChunk:
     """``files``, of which the first has number ``first``, in one chunk."""
+    for file in files:
+        if file.size > MAX_LINE_BYTES:
+            raise UserError(f"{file.name} is larger than {MAX_LINE_BYTES} bytes: is it one document of text?")
     contents: list[bytes | Exception] = []
     for fs, of_fs in groupby(files, key=lambda file: file.fs):  # stores send the files at the same time
         contents += fs.cat_ranges([file.path for file in of_fs], None, None, on_error="return")

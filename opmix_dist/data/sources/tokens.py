@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from tokenize import TokenError
 from typing import IO, Literal, get_args
 
 import numpy as np
@@ -152,7 +153,7 @@ def _numpy_header(stream: IO[bytes], file: File) -> np.dtype:
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
         shape, fortran, dtype = readers[np.lib.format.read_magic(stream)](stream)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, SyntaxError, TokenError) as error:  # it is parsed as Python
         raise UserError(f"{file.name} has a damaged numpy header ({error}): copy it again") from error
     if dtype.kind not in "iu" or (fortran and len(shape) > 1):
         raise UserError(f"{file.name} is an array of {dtype.name} {shape}, not of token ids in order")

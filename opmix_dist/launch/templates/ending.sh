@@ -1,0 +1,86 @@
+# --- the end -----------------------------------------------------------------------------------------------
+newest_checkpoint() { ls "$RUN/checkpoints" 2>/dev/null | grep '^step_' | sort -V | tail -n 1; }
+
+mkdir -p "$RUN/launch" && touch "$RUN/launch/attempt" # its time tells what this attempt has written
+began_with=$(newest_checkpoint)
+stopping="" asking=""
+
+# SLURM tells this shell alone some time before the end of the allocation (--signal=B:USR1@$GRACE_S). A rank that
+# is still importing would miss a single signal, so it is sent again until the ranks have ended.
+ask_to_stop() { # the signal that this shell got
+  [ -n "$stopping" ] && return
+  stopping=$1
+  say "SIG$1: the ranks are asked to save and stop"
+  keep_asking "$1" &
+  asking=$!
+}
+
+# In the background, and not beyond this attempt: the next one has the same job and step.
+keep_asking() {
+  local last=$((SECONDS + (GRACE_S > 40 ? GRACE_S - 20 : GRACE_S / 2)))
+  while kill -0 $$ 2>/dev/null; do
+    # by name: the steps of a heterogeneous job share their numbers
+    squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format='%i %j' | while read -r step name; do
+      [ "$name" = trainers ] && scancel --signal=USR1 "$step"
+    done
+    sleep 4
+    if [ "$1" = USR1 ] && [ $SECONDS -ge $last ] && [ ! -e "$RUN/launch/cancelled.json" ]; then
+      # a job that is not requeued before its allocation ends is over; it goes on from the last checkpoint
+      again "not saved in time"
+    fi
+  done
+}
+trap 'ask_to_stop USR1' USR1
+trap 'ask_to_stop TERM' TERM
+
+wait_for() { # PID; a trap ends `wait` early
+  local code=0
+  while kill -0 "$1" 2>/dev/null; do
+    code=0
+    wait "$1" || code=$?
+  done
+  return $code
+}
+
+# The one place that decides what follows an attempt: the end, another attempt, or a failure to be looked at.
+# The run directory tells more than an exit code that has come through ranks, torchrun and srun.
+conclude() { # exit code of the trainers' srun
+  local code=$1 failures=0
+  [ -n "$asking" ] && kill "$asking" 2>/dev/null
+  if [ -e "$RUN/summary.json" ]; then
+    say "$RUN has ended"
+    exit 0
+  fi
+  if [ -e "$RUN/launch/cancelled.json" ]; then
+    say "cancelled"
+    exec scancel "$SLURM_JOB_ID"
+  fi
+  if scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q JobState=CANCELLED; then
+    exit "$code"
+  fi
+  if [ -e "$RUN/stopped.json" ] || [ -n "$stopping" ]; then
+    again "stopped on request"
+  fi
+  # A node that dies takes the ranks of the others along before SLURM knows of it. What never came to train, for
+  # a mistake in the configuration perhaps, is not tried again, nor what fails again and again at one place.
+  if [ "$(newest_checkpoint)" = "$began_with" ]; then
+    failures=$(($(cat "$RUN/launch/failures" 2>/dev/null || echo 0) + 1))
+  fi
+  echo "$failures" >"$RUN/launch/failures"
+  if [ "$RUN/metrics/train.jsonl" -nt "$RUN/launch/attempt" ] && [ "$failures" -le "$RETRIES" ]; then
+    again "failed with code $code, $failures time(s) in a row without a new checkpoint, where $RETRIES are allowed"
+  fi
+  say "failed with code $code: not tried again"
+  exit "$code"
+}
+
+again() { # why
+  if [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_REQUEUES" ]; then
+    say "$1, and requeued $MAX_REQUEUES times already: given up"
+    exit 1
+  fi
+  say "$1: requeued"
+  exec scontrol requeue "$SLURM_JOB_ID"
+}
+
+say() { echo "$(date '+%F %T') $*"; }

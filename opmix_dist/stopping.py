@@ -1,0 +1,82 @@
+"""Stopping on request: a signal asks a run to end at the next step boundary, with a checkpoint.
+
+A scheduler that takes an allocation back sends SIGTERM, or SIGUSR1 some time before; Ctrl-C is SIGINT. They
+may reach one rank only, and between any two lines of Python, so a handler does no more than note the signal.
+All trainer ranks ask each other at step boundaries (:meth:`StopSignals.agreed`).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from torch.distributed import Store
+
+from opmix_dist.distributed import World, launch_store
+
+_KEY = "opmix/stopped"
+
+
+class StopRequested(Exception):
+    """The run ends here because somebody asked for it; raised on all trainer ranks at the same boundary."""
+
+
+class StopSignals:
+    """The signals that this process got. A second one, as schedulers and launchers send, changes nothing."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        """Number of the last signal; 0: none."""
+
+    def listen(self) -> None:
+        """Note SIGTERM and SIGUSR1 from now on; in the main thread."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    @contextmanager
+    def listening_to_keyboard(self) -> Iterator[None]:
+        """Note SIGINT too. Outside, where there is nothing to save, Ctrl-C ends the process at once."""
+        before = signal.signal(signal.SIGINT, self._note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+    def agreed(self, world: World) -> int:
+        """Collective over the trainer ranks. The signal that any of them has received, or 0."""
+        return world.largest(self.received)
+
+    def stop_if_agreed(self, world: World) -> None:
+        """Collective over the trainer ranks.
+
+        Raises:
+            StopRequested: on all of them, when any has received a signal.
+        """
+        if self.agreed(world):
+            raise StopRequested
+
+
+def tell_launch() -> None:
+    """On the trainers' leader: the pool ranks of this launch may end, as the trainers do."""
+    launch_store().set(_key(), "1")
+
+
+def launch_is_told(store: Store) -> bool:
+    """Whether the trainers of this launch were stopped on request."""
+    return store.check([_key()])
+
+
+def _key() -> str:
+    """torchrun's store outlives its restarts."""
+    return f"{_KEY}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+def name_of(number: int) -> str:
+    """``SIGTERM`` of 15."""
+    return signal.Signals(number).name
