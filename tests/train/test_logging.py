@@ -41,10 +41,11 @@ def test_no_step_waits_for_the_disk_but_a_checkpoint_has_all_lines(
         world=SimpleNamespace(is_leader=True),
         loader=SimpleNamespace(state_dict=dict),
         ledger=Ledger(1),
-        state=SimpleNamespace(),
+        state=SimpleNamespace(step=0),
         engine=None,
     )
     logger = JsonlLogger()
+    logger.on_start(trainer)
     for step in (1, 2):
         logger.on_step(trainer, line(step))
         assert [row["step"] for row in files.read_jsonl(run.train_file)][-1] == step, "a kill would lose it"

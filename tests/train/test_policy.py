@@ -20,6 +20,7 @@ from opmix_dist.exchange.schemas import MixtureRecord, SearchStage, SearchStatus
 from opmix_dist.ledger import Ledger
 from opmix_dist.models.source import ModelSource
 from opmix_dist.pool.requests import share_caps
+from opmix_dist.stopping import StopSignals
 from opmix_dist.train import policy
 from opmix_dist.train.model_writer import ModelWriter
 from opmix_dist.train.policy import OpMixPolicy, Pulse, Surroundings
@@ -131,7 +132,9 @@ def test_a_run_that_ends_first_says_so_and_its_snapshot_is_whole(
     engine = build_engine(config, source, world, LENGTH)
     writer = ModelWriter(world, engine, source)
     ledger = Ledger(1)
-    around = Surroundings(run, config, world, writer, catalogue, ledger, lambda search, status: None)
+    around = Surroundings(
+        run, config, world, writer, catalogue, ledger, lambda search, status: None, StopSignals()
+    )
     asking = OpMixPolicy(around)
     weights = dict.fromkeys(DOMAINS, 1 / 3)
     state = TrainerState(
