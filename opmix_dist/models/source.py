@@ -74,6 +74,8 @@ class ModelSource:
         except (ValueError, ImportError) as error:  # an attention that the model or this machine lacks
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"model.attention {self.attention} cannot be used: {reason}") from None
+        # else the token that pads, and often ends documents too, starts at 0 and is never trained as an input
+        cast(nn.Embedding, model.get_input_embeddings()).padding_idx = None
         model.tie_weights()  # moving to meta has untied them
         self._read_buffers(model)
         return model
