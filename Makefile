@@ -9,7 +9,7 @@ STAMP := $(VENV)/$(notdir $(LOCK))
 
 .PHONY: help
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z -]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: $(STAMP) ## .venv with the pinned dependencies; PYTHON=python3.12, LOCK=requirements/cuda.lock
@@ -34,6 +34,19 @@ lint: setup ## ruff (rules and format) and mypy
 .PHONY: demo
 demo: setup ## uniform against OP-Mix on the built-in corpus, from data to report, on the CPU
 	bash scripts/demo.sh
+
+DEMOS := demo-single demo-fsdp demo-deepspeed demo-megatron
+.PHONY: $(DEMOS)
+demo-single demo-fsdp demo-deepspeed demo-megatron: demo-%: setup ## a whole OP-Mix job under one engine, tiny, on the CPU
+	bash scripts/demo_engine.sh $*
+
+.PHONY: demo-engines
+demo-engines: $(DEMOS) ## the same job under each engine, and their tables side by side
+	$(BIN)/opmix compare $(DEMOS:demo-%=$${RUNS:-runs/demo_engines}/%)
+
+.PHONY: resume-matrix
+resume-matrix: setup ## every engine continues every other's checkpoint; writes benchmarks/results/resume_matrix.md
+	OMP_NUM_THREADS=1 RESUME_MATRIX=benchmarks/results/resume_matrix.md $(BIN)/python -m pytest tests/engines/test_resume_matrix.py
 
 .PHONY: evidence-small
 evidence-small: setup ## the small benchmark that the documentation quotes

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opmix_dist import __version__
+from opmix_dist.convert_command import add_convert_command
 from opmix_dist.data_commands import add_data_commands
 from opmix_dist.errors import UserError
 from opmix_dist.fit_command import add_fit_command
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     add_search_command(commands)
     add_fit_command(commands)
     add_mixture_command(commands)
+    add_convert_command(commands)
 
     add_what_if(commands)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,8 @@ from transformers import PreTrainedModel
 def shard_blocks(model: PreTrainedModel, blocks: list[nn.Module], mesh: DeviceMesh) -> None:
     """Divide the parameters, which may be on the meta device, over the ranks of ``mesh``. Does not
     communicate; every pass does. A block is whole while it computes only."""
+    # float32 logits of 16-bit products are a view of rows; nothing here changes a model's output in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
@@ -39,8 +42,8 @@ def own_part(tensor: DTensor) -> tuple[slice, ...]:
 def changed(weight: Tensor, change: Callable[[], Tensor]) -> Iterator[None]:
     """Inside, ``weight`` is W + change(), rounded once, and exactly W again after.
 
-    Every rank computes the whole of the change and adds its part: some adapters' ranks of work beside that of
-    thousands of tokens, and the same digits as on one rank.
+    Every rank computes the whole of the change and adds its part. That costs as much as some tens of tokens,
+    of thousands that are evaluated with it, and gives the same digits as on one rank.
     """
     with torch.no_grad():
         if isinstance(weight, DTensor):

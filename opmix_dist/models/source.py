@@ -79,6 +79,8 @@ class ModelSource:
         except Exception as error:  # transformers checks no values, and raises what it stumbles on
             kind = self.hf_config.model_type
             raise UserError(f"no {kind} model can be built from its config: {_short(error)}") from error
+        # else the token that pads, and often ends documents too, starts at 0 and is never trained as an input
+        cast(nn.Embedding, model.get_input_embeddings()).padding_idx = None
         model.tie_weights()  # moving to meta has untied them
         self._read_buffers(model)
         return model

@@ -14,6 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from transformers import MixtralConfig
 
+from opmix_dist.cli import main
 from opmix_dist.config import EngineConfig, OptimizerConfig, check_config, load_config
 from opmix_dist.distributed import Placement, Role, World
 from opmix_dist.engines.base import KINDS
@@ -22,7 +23,8 @@ from opmix_dist.engines.deepspeed_config import deepspeed_settings
 from opmix_dist.engines.deepspeed_files import require_nvme
 from opmix_dist.engines.single import SingleEngine
 from opmix_dist.errors import UserError
-from opmix_dist.models.source import ModelSource
+from opmix_dist.models.source import ModelSource, checkpoint_source
+from opmix_dist.models.universal import convert_universal
 from opmix_dist.train.checkpoint import SafePlanner, SafeReader
 from tests.engines.deepspeed_ranks import CASES, CROSSINGS, HALVES, RAISING, TRAINERS, USER, WRITERS
 from tests.engines.ranks import LENGTH, LR, MODELS, SAVED, STEPS, fresh, heldout, train
@@ -117,6 +119,7 @@ def test_nan_on_one_rank_stops_all_and_changes_nothing(out: Path, case: str) -> 
 
 @pytest.mark.launch
 def test_native_checkpoint_is_the_common_one_after_conversion(out: Path, tmp_path: Path) -> None:
+    """Parameters and moments; and the parameters are those of the model that `opmix convert` makes of it."""
     checkpoint = out / "runs" / "stage2" / "checkpoints" / f"step_{SAVED}"
     convert = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
@@ -136,6 +139,14 @@ def test_native_checkpoint_is_the_common_one_after_conversion(out: Path, tmp_pat
         for name, expected in common[kind].items():
             found = torch.load(tmp_path / "zero" / name / f"{file}.pt", weights_only=True)["param"]
             assert torch.equal(found.view_as(expected), expected), (kind, name)
+    fresh("llama").save_config(tmp_path / "config", torch.float32)
+    convert_arguments = ["convert", str(tmp_path), "--config", str(tmp_path / "config"), "--out"]
+    assert main([*convert_arguments, str(tmp_path / "hf")]) == 0
+    source = checkpoint_source(str(tmp_path / "hf"))
+    assert source.shapes == shapes
+    for name, expected in common["parameter"].items():
+        assert torch.equal(source.tensor(name), expected), name
+    assert main([*convert_arguments, str(tmp_path / "hf")]) != 0, "it overwrites"
 
 
 @pytest.mark.launch
@@ -147,6 +158,28 @@ def test_native_checkpoints_that_a_rank_cannot_write_stop_nobody(
         found = read(out, f"native_{rank}")[stage]
         assert found["found"] == [[False, False], [False, False], [True, True]]
         assert_same_curve(found["after"], single["llama"]["steps"][1:2], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "has no zero/model.embed_tokens.weight/fp32.pt, which the model needs"),
+        ({"param": torch.ones(3)}, r"fp32.pt holds \(3,\), but the model's parameter is \(64, 32\)"),
+        ({"param": Path("x")}, "fp32.pt is not read: .*"),
+    ],
+)
+def test_a_universal_checkpoint_of_something_else_is_refused(
+    tmp_path: Path, content: dict[str, Any] | None, words: str
+) -> None:
+    for name, shape in fresh("llama").shapes.items():
+        folder = tmp_path / "zero" / name
+        folder.mkdir(parents=True)
+        if content is not None:
+            found = content if name == "model.embed_tokens.weight" else {"param": torch.ones(shape)}
+            torch.save(found, folder / "fp32.pt")
+    fresh("llama").save_config(tmp_path / "config", torch.float32)
+    with pytest.raises(UserError, match=words):
+        convert_universal(tmp_path, str(tmp_path / "config"), tmp_path / "hf", dtype=torch.float32)
 
 
 def test_nvme_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
