@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -144,17 +144,18 @@ PartitionName=main Nodes={",".join(self.nodes)} Default=YES MaxTime=60 State=UP
 
     def kill_node(self, node: str) -> None:
         """SIGKILL to its slurmd, the managers of its steps, and whatever runs in them."""
-        victims = [process for process in psutil.process_iter() if _runs_on(process, node)]
-        managers = [
-            m for m in psutil.process_iter(["name"]) if m.name() == "slurmstepd" and _manages(m, victims)
-        ]
-        slurmd = int((self.folder / "pid" / f"slurmd.{node}.pid").read_text())
-        for pid in [slurmd, *(process.pid for process in [*managers, *victims])]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        steps = self._steps(node)
+        os.kill(int((self.folder / "pid" / f"slurmd.{node}.pid").read_text()), signal.SIGKILL)
+        _kill(steps)
+
+    def _steps(self, *nodes: str) -> list[psutil.Process]:
+        """What runs on these nodes: the managers of steps, then their processes."""
+        conf = self.environment["SLURM_CONF"]
+        running = [process for process in psutil.process_iter() if _is_of(process, conf, nodes)]
+        return [*(one for one in psutil.process_iter() if _manages(one, running)), *running]
 
     def stop(self) -> None:
-        """End all jobs, then exactly the daemons that were started."""
+        """End all jobs, then exactly the daemons that were started, and what is left of their jobs."""
         with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
             self.run("scancel", "--full", f"--user={getpass.getuser()}")
             self.wait_until(lambda: not self.run("squeue", "--noheader"), "no jobs", 20)
@@ -165,17 +166,25 @@ PartitionName=main Nodes={",".join(self.nodes)} Default=YES MaxTime=60 State=UP
                 daemons[-1].terminate()
         for daemon in psutil.wait_procs(daemons, timeout=10)[1]:
             daemon.kill()
+        _kill(self._steps(*self.nodes))
 
 
-def _runs_on(process: psutil.Process, node: str) -> bool:
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _is_of(process: psutil.Process, conf: str, nodes: Sequence[str]) -> bool:
     with contextlib.suppress(psutil.Error):
-        return process.environ().get("SLURMD_NODENAME") == node
+        found = process.environ()
+        return found.get("SLURM_CONF") == conf and found.get("SLURMD_NODENAME") in nodes
     return False
 
 
-def _manages(manager: psutil.Process, victims: list[psutil.Process]) -> bool:
+def _manages(manager: psutil.Process, running: list[psutil.Process]) -> bool:
     with contextlib.suppress(psutil.Error):
-        return any(child in victims for child in manager.children())
+        return manager.name() == "slurmstepd" and any(child in running for child in manager.children())
     return False
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from opmix_dist.cli import main
 from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.launch.records import LaunchDir
 from opmix_dist.launch.slurm import job_state
+from tests.helpers import ROOT
 from tests.launch.cluster import Cluster, install, missing
 from tests.train.jobs import SEARCH_STEP, curve, tiny_config
 
@@ -59,7 +62,7 @@ class Watched:
     def steps(self) -> int:
         return max((line.step for line in self.run.train_lines()), default=0)
 
-    def wait_for(self, condition: Callable[[], object], what: str, timeout_s: float = 90.0) -> None:
+    def wait_for(self, condition: Callable[[], object], what: str, timeout_s: float = 180.0) -> None:
         end = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < end, f"not in time: {what}\n{self.log()}"
@@ -87,6 +90,12 @@ def static(data: Path, run: Path) -> dict[str, Any]:
     )
 
 
+def undisturbed(config: dict[str, Any]) -> subprocess.Popen[bytes]:
+    """The same on two ranks of this machine, in the background."""
+    command = [sys.executable, "-m", "opmix_dist.cli", "launch", "local", written(config), "--ranks", "2"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
 @pytest.fixture(scope="module")
 def attempts(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An array whose ranks are played, each task a story of attempts. It runs beside the other tests."""
@@ -94,7 +103,7 @@ def attempts(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path
         "0": ["fail"] * 4,
         "1": ["save and fail", "save and fail", "fail", "end"],
         "2": ["fail early"] * 2,
-        "3": ["wait"] * 2,
+        "3": ["wait"] * 6,
         "4": ["save and fail"] * 6,
     }
     folder = tmp_path_factory.mktemp("array") / "runs"
@@ -103,7 +112,7 @@ def attempts(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path
         (folder / f"seed_{seed}" / "launch" / "play").write_text("\n".join(story) + "\n")
     config = written(tiny_config(folder, folder, pool={"ranks": 0}))
     options = ["--nodes", "1", "--time", "5", "--retries", "2", "--max-requeues", "3"]
-    options += ["--vary", f"seed={','.join(stories)}", "--python", str(Path(__file__).parent / "stand_in.sh")]
+    options += ["--vary", f"seed={','.join(stories)}", "--python", str(Path(__file__).parent / "stand_in.py")]
     assert main(["launch", "slurm", config, *options]) == 0
     return folder
 
@@ -113,7 +122,6 @@ def test_preempted_and_bereft_of_a_node_it_ends_as_if_nothing_had_happened(
 ) -> None:
     """Before the end of an allocation the ranks save where they are; a node's death costs the steps since the
     last checkpoint; either way the job is requeued and goes on, on whatever nodes are there."""
-    assert main(["launch", "local", written(static(tiny_data, tmp_path / "whole")), "--ranks", "2"]) == 0
     job = Watched(tmp_path / "run", capsys)
     said = job.opmix(
         "launch", "slurm", written(static(tiny_data, tmp_path / "run")), "--nodes", "2", "--time", "5"
@@ -135,6 +143,7 @@ def test_preempted_and_bereft_of_a_node_it_ends_as_if_nothing_had_happened(
 
     job.wait_for(lambda: job.steps() > stopped.step + 3, "the requeued job goes on")
     cluster.kill_node(cluster.nodes[1])
+    whole = undisturbed(static(tiny_data, tmp_path / "whole"))  # there is time until SLURM notices
     before = job.steps()
     assert before < STEPS, "killed too late"
     # SLURM takes the node for down, and requeues the job; here the node comes back after that
@@ -144,6 +153,7 @@ def test_preempted_and_bereft_of_a_node_it_ends_as_if_nothing_had_happened(
     cluster.wait_until(lambda: not job.status()["active"], "the job's end", 30)
     assert job.status()["job"]["state"] == "COMPLETED"
     assert job.status()["job"]["restarts"] == 2
+    assert whole.wait(120) == 0
     assert curve(job.run) == curve(RunDir(tmp_path / "whole"))
 
 
@@ -182,6 +192,10 @@ def test_what_follows_an_attempt(
     """Failures are tried again as long as there is progress, mistakes and cancelled jobs are not."""
     home = Watched(attempts, capsys)
     job = LaunchDir(home.run).read().submissions[0].job
+    home.wait_for((attempts / "seed_3" / "launch" / "attempts").exists, "its ranks")
+    waited = len(
+        (attempts / "seed_3" / "launch" / "attempts").read_text().splitlines()
+    )  # a node may have died
     cluster.run("scancel", f"{job}_3")  # not by `opmix cancel`: its ranks save, and it is over all the same
     cluster.wait_until(lambda: not cluster.run("squeue", "--noheader", f"--jobs={job}"), "all tasks", 60)
 
@@ -196,7 +210,7 @@ def test_what_follows_an_attempt(
     assert last.endswith("failed with code 3: not tried again")
     assert told(1)[:2] == (4, "COMPLETED"), "a new checkpoint each time, and then an end"
     assert told(2)[:2] == (1, "FAILED"), "what never came to train is a mistake"
-    assert told(3)[:2] == (1, "CANCELLED")
+    assert told(3)[:2] == (waited, "CANCELLED")
     assert (attempts / "seed_3" / "stopped.json").exists()
     count, state, last = told(4)
     assert (count, state) == (4, "FAILED")

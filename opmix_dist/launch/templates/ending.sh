@@ -1,4 +1,9 @@
 # --- the end -----------------------------------------------------------------------------------------------
+# Not SLURM_JOB_ID alone: one task of an array bears the array's own number, and what it requeued, cancelled or
+# signalled by that would be all tasks.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+
 newest_checkpoint() { ls "$RUN/checkpoints" 2>/dev/null | grep '^step_' | sort -V | tail -n 1; }
 
 mkdir -p "$RUN/launch" && touch "$RUN/launch/attempt" # its time tells what this attempt has written
@@ -20,8 +25,8 @@ keep_asking() {
   local last=$((SECONDS + (GRACE_S > 40 ? GRACE_S - 20 : GRACE_S / 2)))
   while kill -0 $$ 2>/dev/null; do
     # by name: the steps of a heterogeneous job share their numbers
-    squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format='%i %j' | while read -r step name; do
-      [ "$name" = trainers ] && scancel --signal=USR1 "$step"
+    squeue --noheader --steps --jobs="$job" --format='%i %j' | while read -r step name; do
+      [ "$name" = trainers ] && scancel --signal=USR1 "$step" 2>/dev/null # it may have ended
     done
     sleep 4
     if [ "$1" = USR1 ] && [ $SECONDS -ge $last ] && [ ! -e "$RUN/launch/cancelled.json" ]; then
@@ -53,9 +58,11 @@ conclude() { # exit code of the trainers' srun
   fi
   if [ -e "$RUN/launch/cancelled.json" ]; then
     say "cancelled"
-    exec scancel "$SLURM_JOB_ID"
+    exec scancel "$job"
   fi
-  if scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q JobState=CANCELLED; then
+  # A job that is cancelled, or that SLURM requeues itself, is completing by now: a requeue would bring it back.
+  if [ "$(state_of_job)" != RUNNING ]; then
+    say "SLURM has ended the job"
     exit "$code"
   fi
   if [ -e "$RUN/stopped.json" ] || [ -n "$stopping" ]; then
@@ -74,13 +81,23 @@ conclude() { # exit code of the trainers' srun
   exit "$code"
 }
 
+# No answer is no state: asked again, for some minutes.
+state_of_job() {
+  local told tries
+  for tries in {1..30}; do
+    told=$(scontrol --oneliner show job "$job" 2>/dev/null) && break
+    sleep 10
+  done
+  [[ $told =~ JobState=([A-Z_]+) ]] && echo "${BASH_REMATCH[1]}"
+}
+
 again() { # why
   if [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_REQUEUES" ]; then
     say "$1, and requeued $MAX_REQUEUES times already: given up"
     exit 1
   fi
   say "$1: requeued"
-  exec scontrol requeue "$SLURM_JOB_ID"
+  exec scontrol requeue "$job"
 }
 
 say() { echo "$(date '+%F %T') $*"; }
