@@ -23,7 +23,8 @@ from opmix_dist.models.lora import ADAPTER_FILE, JointAdapters
 from opmix_dist.pool.candidates import simulate_sums, simulate_with_gradients
 from opmix_dist.pool.early_stop import EarlyStop
 from opmix_dist.pool.errors import AgreedError, BrokenTeamError, SearchError
-from opmix_dist.pool.evaluations import Evaluations, Evaluator, Measurement, Work, identity_of
+from opmix_dist.pool.evaluation_files import identity_of
+from opmix_dist.pool.evaluations import Evaluations, Evaluator, Measurement, Work
 from opmix_dist.pool.plan import Planner, chosen_dtype, halved
 from opmix_dist.pool.stream import stratified_order
 from opmix_dist.pool.team import Crew, Team

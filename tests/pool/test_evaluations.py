@@ -14,7 +14,8 @@ from opmix_dist.data.loader import EvalSet
 from opmix_dist.distributed import World
 from opmix_dist.models.loss import losses_by_domain
 from opmix_dist.pool.early_stop import EarlyStop
-from opmix_dist.pool.evaluations import Evaluations, Evaluator, Measurement, Work, identity_of
+from opmix_dist.pool.evaluation_files import identity_of
+from opmix_dist.pool.evaluations import Evaluations, Evaluator, Measurement, Work
 from opmix_dist.pool.team import ALONE, Crew, Team
 from opmix_dist.search.problem import Problem
 from tests.helpers import random_tokens
