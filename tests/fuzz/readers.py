@@ -35,7 +35,7 @@ from opmix_dist.mixture_command import read_mixture
 from opmix_dist.models.lora import JointAdapters
 from opmix_dist.models.source import checkpoint_source
 from opmix_dist.pool import method_times
-from opmix_dist.pool.evaluations import EvaluationFiles, _Measured
+from opmix_dist.pool.evaluation_files import EvaluationFiles, Measured
 from opmix_dist.report.html import write_report
 from opmix_dist.report.reading import read_run
 from opmix_dist.train.checkpoint_storage import SafePlanner, SafeReader
@@ -102,7 +102,7 @@ def _make_run(path: Path) -> None:
     write_record(search.plan_file, plan)
     write_record(writer.run.stopped_file, Stopped(step=3, checkpoint=None, signal="SIGTERM", at="2026-01-01"))
     kept = EvaluationFiles(search.evaluations, "identity", TARGETS)
-    kept.write(U, _Measured(kept.key(U), np.ones(5), None, None, 1.0))
+    kept.write(U, Measured(kept.key(U), np.ones(5), None, None, 1.0))
     kept.path(kept.key(U)).rename(search.evaluations / "one.safetensors")
     times = method_times.MethodTimes(
         measured_for={"device": "cpu"}, lowrank_per_sample=1.0, merged_per_sample=1.0, merge=1.0
