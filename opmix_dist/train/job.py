@@ -92,23 +92,31 @@ def run_job(config: RunConfig) -> None:
 
 def check_config_against(config: RunConfig, catalogue: Catalogue, placement: Placement) -> None:
     """What the configuration alone cannot tell: sizes that depend on the data and the number of ranks."""
-    each = config.engine.ranks_per_replica
-    if placement.size % each:
-        raise UserError(
-            f"engine.name {config.engine.name} divides the model over {each} ranks, of which "
-            f"{placement.size} trainer rank(s) are no multiple: start others, or change the engine's settings"
-        )
-    replicas = placement.size // each
-    if config.train.global_batch_size % (config.train.micro_batch_size * replicas):
-        raise UserError(
-            f"train.global_batch_size {config.train.global_batch_size} must be a multiple of "
-            f"train.micro_batch_size x copies of the model = {config.train.micro_batch_size} x {replicas}"
-        )
+    require_divisible(config, placement.size)
     if config.mixture.policy == "opmix":
         check_components(catalogue.names)
         if not (config.pool.ranks or config.pool.external):
             require_whole_teams(config.pool.ranks_per_model, placement.size)
     config.search.check_domains(catalogue.names, str(catalogue.root))
+
+
+def require_divisible(config: RunConfig, ranks: int) -> None:
+    """
+    Raises:
+        UserError: the engine's settings or the global batch cannot be divided over ``ranks`` trainer ranks.
+    """
+    each = config.engine.ranks_per_replica
+    if ranks % each:
+        raise UserError(
+            f"engine.name {config.engine.name} divides the model over {each} ranks, of which "
+            f"{ranks} trainer rank(s) are no multiple: start others, or change the engine's settings"
+        )
+    replicas = ranks // each
+    if config.train.global_batch_size % (config.train.micro_batch_size * replicas):
+        raise UserError(
+            f"train.global_batch_size {config.train.global_batch_size} must be a multiple of "
+            f"train.micro_batch_size x copies of the model = {config.train.micro_batch_size} x {replicas}"
+        )
 
 
 class Job:
