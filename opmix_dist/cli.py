@@ -18,13 +18,14 @@ from opmix_dist.errors import UserError
 from opmix_dist.fit_command import add_fit_command
 from opmix_dist.launch_command import add_launch_commands
 from opmix_dist.mixture_command import add_mixture_command
+from opmix_dist.plan_command import add_plan_command
 from opmix_dist.process import end_process
 from opmix_dist.search_command import add_search_command
 from opmix_dist.top_command import add_top_command
 from opmix_dist.what_if_command import add_what_if
 
 TOKEN_DTYPES = ("uint16", "uint32", "int32", "int64")
-WITH_SETTINGS = ("train", "search", "fit", "launch", "resume")
+WITH_SETTINGS = ("train", "search", "fit", "launch", "resume", "plan")
 """Commands that take any setting of their configuration as ``--dotted.key value``."""
 WITH_PROCESSES = ("prepare", "train", "pool", "search", "launch", "resume")
 """Commands whose broken pipe may be that of a worker, which must not pass for a closed output."""
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     add_mixture_command(commands)
     add_convert_command(commands)
 
+    add_plan_command(commands)
     add_what_if(commands)
 
     report = commands.add_parser("report", help="write RUN/report.html; of several runs, a comparison")

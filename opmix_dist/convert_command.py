@@ -24,7 +24,7 @@ def add_convert_command(commands: Any) -> None:
     convert.set_defaults(run=_convert)
 
 
-def _convert(arguments: argparse.Namespace) -> None:
+def _convert(arguments: argparse.Namespace, rest: list[str]) -> None:
     import torch
 
     from opmix_dist.models.universal import convert_universal

@@ -29,6 +29,7 @@ from opmix_dist.engines.tensor_parallel import parallelize, require_parallelizab
 from opmix_dist.errors import UserError
 from opmix_dist.models.build import transformer_blocks
 from opmix_dist.models.chunked_head import ChunkedHead
+from opmix_dist.models.sharding import own_part
 from opmix_dist.models.source import ModelSource
 
 
@@ -61,6 +62,14 @@ class FSDPEngine(SingleEngine):
 
     def _place(self, source: ModelSource) -> None:
         """Nothing is ever whole on a rank, except one parameter at a time of a fresh model."""
+        device = self.world.device
+        self._shard(source)
+        materialise(self.model, torch.device("cpu") if self.config.fsdp.cpu_offload else device, device)
+        for name, tensor in self._tensors("parameter").items():
+            fill(cast(DTensor, tensor), partial(source.part, name))
+
+    def _shard(self, source: ModelSource) -> None:
+        """Divide the parameters, which are on the meta device."""
         settings, device = self.config.fsdp, self.world.device
         mesh = self._mesh()
         if settings.tensor_parallel > 1:
@@ -79,9 +88,6 @@ class FSDPEngine(SingleEngine):
         for block in blocks:
             fully_shard(block, reshard_after_forward=self.config.reshard_after_forward, **options)
         fully_shard(self.model, **options)
-        materialise(self.model, torch.device("cpu") if settings.cpu_offload else device, device)
-        for name, tensor in self._tensors("parameter").items():
-            fill(cast(DTensor, tensor), partial(source.part, name))
 
     def _mesh(self) -> DeviceMesh:
         settings = self.config.fsdp
@@ -172,6 +178,4 @@ def _pieces(tensor: DTensor) -> int:
 
 def fill(tensor: DTensor, part: Callable[[tuple[slice, ...]], Tensor]) -> None:
     """Copy into the shard of this rank what ``part`` gives of the whole at the shard's place."""
-    (chunk,) = tensor.__create_chunk_list__()
-    index = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
-    tensor.to_local().copy_(part(index))
+    tensor.to_local().copy_(part(own_part(tensor)))

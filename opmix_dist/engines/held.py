@@ -39,8 +39,9 @@ class HeldCounter:
         found = 0
         for tensor in map(_local, tensors):
             storage = tensor.untyped_storage()
-            if storage.nbytes() and storage.data_ptr() not in self._counted:
-                self._counted.add(storage.data_ptr())
+            # by identity, which tensors without memory have too
+            if storage.nbytes() and storage._cdata not in self._counted:
+                self._counted.add(storage._cdata)
                 found += self._place(tensor, storage.nbytes())
         return found
 

@@ -158,7 +158,7 @@ def non_finite(world: World, megatron: dict[str, Any]) -> dict[str, Any]:
     batch = uneven_batch(0, MICRO * engine.replica.size, LENGTH)
     messages = [raised_message(engine, batch)]
     numbers[0] = number
-    hook = parameter.register_hook(lambda gradient: gradient * (1.0 if world.rank else float("inf")))
+    hook = parameter.register_hook(lambda gradient: gradient * (1.0 if world.rank else float("nan")))
     messages.append(raised_message(engine, batch))
     hook.remove()
     after = whole(engine)

@@ -36,19 +36,20 @@ def quick_config(data: Path, run: Path, **search: Any) -> RunConfig:
     return check_config(config)
 
 
-def request(config: RunConfig, current: dict[str, float] = CURRENT) -> SearchDir:
-    """A snapshot of an untrained model and the request of a search from it."""
+def request(config: RunConfig, current: dict[str, float] = CURRENT, step: int = 4) -> SearchDir:
+    """The request of a search from the snapshot of ``step``, which is of an untrained model where there is
+    none."""
     run = RunDir(config.run_dir)
-    if not files.is_complete(run.snapshot(4)):
-        tiny_llama(vocab_size=512).save_pretrained(run.snapshot(4))
-        files.mark_complete(run.snapshot(4), {"step": 4})
+    if not files.is_complete(run.snapshot(step)):
+        tiny_llama(vocab_size=512).save_pretrained(run.snapshot(step))
+        files.mark_complete(run.snapshot(step), {"step": step})
     search = run.search("0001")
     record = search_request(
         config,
         Catalogue.open(config.data.root, DOMAINS),
         search.name,
-        step=4,
-        snapshot="snapshots/step_4",
+        step=step,
+        snapshot=f"snapshots/step_{step}",
         current=current,
         tokens_read=dict.fromkeys(DOMAINS, 0),
         tokens_to_train=10_000,

@@ -1,0 +1,1 @@
+"""What a run will need, before any device is paid for."""

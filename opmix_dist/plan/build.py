@@ -1,0 +1,203 @@
+"""A plan, put together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from opmix_dist.config import EngineConfig
+from opmix_dist.engines.build import engine_class
+from opmix_dist.errors import UserError
+from opmix_dist.models.devices import peak_flops, product_precision
+from opmix_dist.models.flops import FlopCounts, ParameterCounts, count_flops, parameter_counts
+from opmix_dist.models.lora import require_adaptable
+from opmix_dist.plan.held import deepspeed_memory, megatron_memory
+from opmix_dist.plan.memory import RankMemory, rank_memory
+from opmix_dist.plan.question import Question
+from opmix_dist.plan.schedule import (
+    Phase,
+    PoolChoice,
+    SearchWork,
+    pool_choices,
+    search_time,
+    search_work,
+)
+from opmix_dist.plan.searching import (
+    CandidateMemory,
+    ProbeMemory,
+    candidate_memory,
+    components,
+    probe_memory,
+)
+from opmix_dist.plan.storage import Storage, storage
+from opmix_dist.train.ranks import check_ranks
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """resident: bytes that the trainers' own parameters and optimizer take beside the search, where it is on
+    their ranks; 0 of a pool."""
+
+    components: int
+    groups: Sequence[int]
+    work: SearchWork
+    probes: ProbeMemory
+    candidates: CandidateMemory
+    resident: int
+    choices: Sequence[PoolChoice]
+    chosen: PoolChoice
+
+    @property
+    def peak(self) -> int:
+        return self.resident + max(self.probes.total, self.candidates.total)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """peak_flops: of one device, FLOP/s; step_seconds: of training at the stated MFU."""
+
+    parameters: ParameterCounts
+    flops: FlopCounts
+    recomputed: float
+    peak_flops: float
+    memory: RankMemory
+    phases: Sequence[Phase]
+    step_seconds: float
+    search: SearchPlan | None
+    storage: Storage
+
+    @property
+    def gpu_hours(self) -> float:
+        return sum(phase.gpu_hours for phase in self.phases)
+
+    @property
+    def seconds(self) -> float:
+        return sum(phase.seconds for phase in self.phases)
+
+
+def make_plan(question: Question) -> Plan:
+    """
+    Raises:
+        UserError: sizes that do not divide, an engine that does not take the configuration, or a model that
+            a search cannot adapt.
+    """
+    config, source = question.config, question.source
+    if question.trainers < 1:
+        raise UserError(
+            f"pool.ranks {question.pool_ranks} leaves no trainer of {question.ranks} ranks: lower it"
+        )
+    check_ranks(config, question.trainers)
+    engine_class(question.engine).check(config, question.trainers)
+    model = source.build()
+    flops = count_flops(model, question.data.sequence_length, config.search.probes.rank)
+    peak = _peak(question)
+    memory = training_memory(question, config.engine)
+    search = None
+    if config.mixture.policy == "opmix":
+        require_adaptable(model)
+        search = _search(question, flops, peak, memory)
+    phases = list(_phases(question, flops, peak, search))
+    counts = parameter_counts(source.hf_config)
+    return Plan(
+        parameters=counts,
+        flops=flops,
+        recomputed=flops.recomputed(config.engine.activation_checkpointing),
+        peak_flops=peak,
+        memory=memory,
+        phases=phases,
+        step_seconds=phases[0].seconds / config.train.steps,
+        search=search,
+        storage=storage(
+            config,
+            parameters=counts.total,
+            adapters=0 if search is None else search.candidates.adapters // 4,
+            trainers=question.trainers,
+            ranks_per_node=question.gpus_per_node,
+        ),
+    )
+
+
+def training_memory(question: Question, engine: EngineConfig, micro_batch_size: int = 0) -> RankMemory:
+    """Of a trainer rank; another engine's settings or micro-batch than the configuration's may be asked
+    for."""
+    train = question.config.train
+    size = micro_batch_size or train.micro_batch_size
+    micro_batches = train.global_batch_size // (size * question.replicas)
+    shape = {"sequence_length": question.data.sequence_length, "micro_batch_size": size}
+    source, ranks = question.source, question.trainers
+    if question.engine == "deepspeed":
+        return deepspeed_memory(source, engine, ranks=ranks, **shape)
+    if question.engine == "megatron":
+        return megatron_memory(source, engine, ranks=ranks, micro_batches=micro_batches, **shape)
+    named = engine.model_copy(update={"name": question.engine})
+    return rank_memory(source, named, ranks=ranks, micro_batches=micro_batches, **shape)
+
+
+def _peak(question: Question) -> float:
+    engine = question.config.engine
+    if engine.peak_tflops is not None:
+        return engine.peak_tflops * 1e12
+    precision = product_precision(engine)
+    found = peak_flops(question.gpu.device, precision)
+    if found is None:
+        raise UserError(f"--gpu {question.gpu.name} has no {precision} products: set engine.peak_tflops")
+    return found
+
+
+def _search(question: Question, flops: FlopCounts, peak: float, training: RankMemory) -> SearchPlan:
+    config, data, source = question.config, question.data, question.source
+    inline = question.pool_ranks == 0
+    searching = question.trainers if inline else question.pool_ranks
+    if searching % config.pool.ranks_per_model:
+        raise UserError(
+            f"pool.ranks_per_model {config.pool.ranks_per_model} does not divide the {searching} rank(s) "
+            "that search: change one of them"
+        )
+    names = components(config, data.domains)
+    resident = training.parameters + training.optimizer if inline else 0
+    probes = probe_memory(source, config, names=names, sequence_length=data.sequence_length)
+    room = question.gpu.usable_bytes - resident
+    candidates = candidate_memory(source, config, names=names, data=data, room=room)
+    work = search_work(question, flops, names, candidates)
+    train = config.train
+    tokens = train.steps * train.global_batch_size * data.sequence_length
+    rate, search_rate = peak * question.mfu, peak * question.search_mfu
+    choices = pool_choices(question, work, tokens * flops.train(), rate, search_rate)
+    wanted = next(c for c in choices if (c.place == "inline") == inline and (inline or c.ranks == searching))
+    return SearchPlan(
+        components=len(names),
+        groups=[round(one / work.probes[-1]) for one in work.probes],
+        work=work,
+        probes=probes,
+        candidates=candidates,
+        resident=resident,
+        choices=choices,
+        chosen=wanted,
+    )
+
+
+def _phases(question: Question, flops: FlopCounts, peak: float, search: SearchPlan | None) -> Sequence[Phase]:
+    config, data, ranks = question.config, question.data, question.trainers
+    length, train = data.sequence_length, config.train
+
+    def on_trainers(name: str, tokens: int, flops_per_token: float) -> Phase:
+        total = tokens * flops_per_token
+        return Phase(name, tokens, total, ranks, total / (peak * question.mfu * ranks))
+
+    found = [on_trainers("training", train.steps * train.global_batch_size * length, flops.train())]
+    # after every interval and the last step
+    times = math.ceil(train.steps / train.eval_interval_steps) if train.eval_interval_steps else 1
+    held_out = times * train.eval_samples_per_domain
+    if search is not None:  # the final model on the search's samples
+        held_out += config.search.candidates.samples_per_domain
+    found.append(on_trainers("held-out evaluation", held_out * data.domains * length, flops.forward))
+    if search is None:
+        return found
+    work = search.work
+    time = search_time(work, search.chosen.ranks, config.pool.ranks_per_model, peak * question.search_mfu)
+    return [
+        *found,
+        Phase("probes", work.probe_tokens, work.probe_flops, time.ranks, time.probes),
+        Phase("candidates", work.candidate_tokens, work.candidate_flops, time.ranks, time.candidates),
+    ]

@@ -1,0 +1,176 @@
+"""A plan as tables for a terminal, and as one JSON value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from opmix_dist.plan.build import Plan, SearchPlan
+from opmix_dist.plan.question import Question
+from opmix_dist.plan.sizes import count, duration, gigabytes, hours, share
+
+
+def as_json(question: Question, plan: Plan, warnings: list[str]) -> dict[str, Any]:
+    """Bytes, seconds and FLOPs, unrounded."""
+    found = asdict(plan)
+    found["parameters"]["total"] = plan.parameters.total
+    found["memory"]["total"] = plan.memory.total
+    found["memory"]["usable"] = question.gpu.usable_bytes
+    found["flops"]["train"] = plan.flops.train()
+    found["flops"]["probe"] = plan.flops.probe()
+    for phase, value in zip(plan.phases, found["phases"], strict=True):
+        value["gpu_hours"] = phase.gpu_hours
+    if plan.search is not None:
+        for kind in ("probes", "candidates"):
+            found["search"][kind]["total"] = getattr(plan.search, kind).total
+        found["search"]["peak"] = plan.search.peak
+    asked = {
+        "gpu": question.gpu.name,
+        "nodes": question.nodes,
+        "gpus_per_node": question.gpus_per_node,
+        "trainers": question.trainers,
+        "pool_ranks": question.pool_ranks,
+        "engine": question.engine,
+        "micro_batches": question.micro_batches,
+        "mfu": question.mfu,
+        "search_mfu": question.search_mfu,
+        "domains": question.data.domains,
+        "sequence_length": question.data.sequence_length,
+    }
+    return {"asked": asked, **found, "warnings": warnings}
+
+
+def tables(question: Question, plan: Plan) -> Iterator[Table]:
+    yield _model(question, plan)
+    yield _memory(question, plan)
+    yield _phases(question, plan)
+    if plan.search is not None:
+        yield _choices(question, plan.search)
+    yield _storage(plan)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(columns[0])
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _model(question: Question, plan: Plan) -> Table:
+    counts, flops = plan.parameters, plan.flops
+    table = _table("Model", "", "parameters", "FLOPs per token, forward")
+    table.add_row("embeddings", f"{counts.embeddings:,}", "0")
+    table.add_row("blocks", f"{counts.blocks:,}", f"{flops.blocks:,.0f}")
+    table.add_row("of it attention's scores and values", "", f"{flops.attention:,.0f}")
+    table.add_row("norm before the head", f"{counts.rest:,}", "0")
+    table.add_row("head", f"{counts.head:,}", f"{flops.head:,.0f}")
+    table.add_row("all", f"{counts.total:,}", f"{flops.forward:,.0f}", style="bold")
+    table.add_row(
+        "training: three times, and recomputed", "", f"{flops.train():,.0f} + {plan.recomputed:,.0f}"
+    )
+    return table
+
+
+def _memory(question: Question, plan: Plan) -> Table:
+    memory, search = plan.memory, plan.search
+    ranks = (
+        f"{question.trainers} trainer rank(s), {question.engine}, {question.micro_batches} micro-batch(es)"
+    )
+    columns = ["kind", "training"] + (["probes", "candidates"] if search else [])
+    table = _table(f"Memory of a rank: {ranks}", *columns)
+
+    def row(
+        name: str, training: int | None, probes: int | None = None, candidates: int | None = None
+    ) -> None:
+        cells = (training, probes, candidates)[: len(columns) - 1]
+        table.add_row(name, *("" if cell is None else gigabytes(cell) for cell in cells))
+
+    if search is None:
+        row("parameters", memory.parameters)
+    else:
+        row("parameters", memory.parameters, search.probes.model, search.candidates.model)
+        row("adapters, with gradients and moments", None, search.probes.adapters, search.candidates.adapters)
+    row("gradients", memory.gradients)
+    row("optimizer", memory.optimizer)
+    if search is not None and search.resident:
+        row("the trainers' own beside it", None, search.resident, search.resident)
+    passes = () if search is None else (search.probes.passes, search.candidates.passes)
+    row("activations and others", memory.activations_and_others, *passes)
+    totals = (
+        ()
+        if search is None
+        else (search.resident + search.probes.total, search.resident + search.candidates.total)
+    )
+    row("all", memory.total, *totals)
+    room = question.gpu.usable_bytes
+    row("usable", room, *([room, room] if search else []))
+    if memory.offloaded:
+        row("in the host's memory", memory.offloaded)
+    return table
+
+
+def _phases(question: Question, plan: Plan) -> Table:
+    title = f"Phases, of {plan.peak_flops / 1e12:,.1f} TFLOP/s of a device: MFU {question.mfu:g}"
+    title += f", {question.search_mfu:g} in the search"
+    table = _table(title, "phase", "tokens", "FLOPs", "ranks", "time", "GPU-hours")
+    for phase in plan.phases:
+        table.add_row(
+            phase.name,
+            count(phase.tokens),
+            f"{phase.flops:.3g}",
+            str(phase.ranks),
+            duration(phase.seconds),
+            hours(phase.gpu_hours),
+        )
+    return table
+
+
+def _choices(question: Question, search: SearchPlan) -> Table:
+    waits = "waits" if question.config.search.mode == "sync" else "goes on"
+    title = f"Where to search ({search.components} probes; training {waits} meanwhile)"
+    table = _table(
+        title,
+        "place",
+        "ranks",
+        "search",
+        "of the training left",
+        "whole run",
+        "GPU-hours",
+        "of them waiting",
+        f"within {share(question.due_within)}",
+    )
+    for choice in search.choices:
+        table.add_row(
+            choice.place,
+            str(choice.ranks),
+            duration(choice.search.seconds),
+            share(choice.interval_share),
+            duration(choice.total_seconds),
+            hours(choice.total_gpu_hours),
+            hours(choice.waiting_gpu_hours),
+            "yes" if choice.in_time else "no",
+            style="bold" if choice == search.chosen else None,
+        )
+    return table
+
+
+def _storage(plan: Plan) -> Table:
+    stored = plan.storage
+    table = _table("Storage", "what", "size")
+    for name, size in (
+        ("a checkpoint: parameters and two moments", stored.checkpoint),
+        ("checkpoints at once, one being written", stored.checkpoints),
+        ("snapshot that the search starts from", stored.snapshot),
+        ("probes", stored.probes),
+        ("export", stored.export),
+        ("all at once", stored.at_once),
+        ("all checkpoints of the run, written", stored.written),
+        ("host memory of a node: snapshot being written", stored.host_snapshot),
+        ("host memory of a node: checkpoint being written", stored.host_checkpoint),
+    ):
+        table.add_row(name, gigabytes(size))
+    return table
