@@ -18,6 +18,7 @@ from opmix_dist.exchange import files
 from opmix_dist.exchange.opening import open_run
 from opmix_dist.exchange.rundir import RunDir, SearchDir, write_record
 from opmix_dist.exchange.schemas import Proposal, SearchRequest, SearchStage
+from opmix_dist.faults import points
 from opmix_dist.logs import set_up_logging
 from opmix_dist.mixture_files import MixtureSource, write_mixture_files
 from opmix_dist.models.build import check_tokenizer
@@ -49,6 +50,7 @@ def run_search_alone(config: SearchRunConfig, sources: Mapping[str, MixtureSourc
         die_with_parent()
     placement = dataclasses.replace(Placement.from_environment(0), role=Role.POOL)
     set_up_logging(f"search {placement.rank}")
+    points.install(placement.role, placement.rank)
     catalogue = open_data(config.data)
     request = _request(config, catalogue)
     _check(config, catalogue, sources)

@@ -22,6 +22,7 @@ from opmix_dist.config import RunConfig
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import World
 from opmix_dist.errors import UserError
+from opmix_dist.faults.points import spoiled
 from opmix_dist.models.flops import FlopCounts
 
 Kind = Literal["parameter", "exp_avg", "exp_avg_sq"]
@@ -29,8 +30,25 @@ Kind = Literal["parameter", "exp_avg", "exp_avg_sq"]
 KINDS: tuple[Kind, ...] = ("parameter", "exp_avg", "exp_avg_sq")
 
 
-class NonFiniteError(RuntimeError):
-    """A loss or gradient norm is NaN or inf; nothing was applied to the parameters."""
+class BadStepError(RuntimeError):
+    """A step that was not applied: parameters, moments and AdamW's step count are as before it.
+
+    Args:
+        losses: [b] float64 on the CPU, as :class:`StepResult` has them.
+        targets: [b] int64 on the CPU.
+    """
+
+    def __init__(self, reason: str, losses: Tensor, targets: Tensor) -> None:
+        super().__init__(reason)
+        self.losses, self.targets = losses, targets
+
+
+class NonFiniteError(BadStepError):
+    """A loss or the gradient norm is NaN or inf."""
+
+
+class LossSpikeError(BadStepError):
+    """The loss is above the limit."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +113,13 @@ class Engine(ABC):
         """Sum over the replicas, on every rank."""
         return self.world.sum(values if self.replica.counts else torch.zeros_like(values))
 
-    def train_step(self, microbatches: Sequence[TokenBatch], *, lr: float) -> StepResult:
+    def train_step(
+        self,
+        microbatches: Sequence[TokenBatch],
+        *,
+        lr: float,
+        loss_limit: float = math.inf,
+    ) -> StepResult:
         """One optimiser step on the global batch, of which this replica holds ``microbatches``.
 
         The gradient is that of the mean loss over all targets of the global batch, however it is divided
@@ -105,9 +129,10 @@ class Engine(ABC):
             microbatches: b samples of T tokens each, on the CPU; the same number of them on every rank, and
                 the same samples on all ranks of a replica.
             lr: learning rate of this step.
+            loss_limit: the step is not applied where the mean loss over all targets is above it.
 
         Raises:
-            NonFiniteError: on every rank alike; the parameters are as before the step.
+            NonFiniteError, LossSpikeError: on every rank alike; the parameters are as before the step.
             UserError: on every rank alike; the global batch has no target, and so no mean loss.
         """
         targets = torch.cat([part.targets for part in microbatches])
@@ -117,10 +142,33 @@ class Engine(ABC):
                 "no sample of the global batch has a token that counts in the loss: raise "
                 "train.global_batch_size, or prepare the data without such samples"
             )
-        result = self._train_step(microbatches, targets, total, lr)
+        self._loss_limit = loss_limit
+        result = self._train_step(
+            microbatches, targets, spoiled("train.gradient", total, step=self.optimizer_steps), lr
+        )
         if not math.isfinite(result.grad_norm):
-            raise NonFiniteError(f"the gradient norm is {result.grad_norm}")
+            raise NonFiniteError(f"the gradient norm is {result.grad_norm}", result.sample_losses, targets)
         return result
+
+    def _require_good(self, losses: Tensor, targets: Tensor) -> None:
+        """Collective, so that no rank goes on alone. Engines call it when a step's losses are known and
+        nothing is applied.
+
+        Args:
+            losses, targets: [b], this replica's.
+
+        Raises:
+            NonFiniteError, LossSpikeError: on every rank alike.
+        """
+        finite = losses.isfinite()
+        numbers = torch.stack([(~finite).sum(), losses.nan_to_num().sum(), targets.sum()])  # float64
+        bad, nats, total = self.sum(numbers).tolist()
+        if bad:
+            reason = f"{int(bad)} training samples of the global batch have a NaN or inf loss"
+            raise NonFiniteError(reason, losses, targets)
+        if nats / total > self._loss_limit:
+            reason = f"the loss is {nats / total:.4f}, above the limit of {self._loss_limit:.4f}"
+            raise LossSpikeError(reason, losses, targets)
 
     @torch.no_grad()
     def evaluate(self, batch: TokenBatch, batch_size: int) -> Tensor:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from opmix_dist.config import EngineConfig, OptimizerConfig
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import World
-from opmix_dist.engines.base import Engine, Kind, NonFiniteError, Replica, StepResult
+from opmix_dist.engines.base import BadStepError, Engine, Kind, Replica, StepResult
 from opmix_dist.engines.blocks import prepare_blocks, use_float8
 from opmix_dist.models.build import transformer_blocks
 from opmix_dist.models.flops import count_flops
@@ -92,7 +92,11 @@ class SingleEngine(Engine):
                 (sums.sum() * (self.replica.size / total)).backward()
             losses.append(sums.detach())
         sample_sums = torch.cat(losses).double().cpu()
-        self._require_finite(sample_sums)
+        try:
+            self._require_good(sample_sums, targets)
+        except BadStepError:
+            self._drop_gradients()
+            raise
         self._complete_gradients()
         grad_norm = self._clip()
         if grad_norm.isfinite():
@@ -101,13 +105,6 @@ class SingleEngine(Engine):
             self.optimizer.step()
         self._drop_gradients()
         return StepResult(sample_sums, targets, grad_norm.item())
-
-    def _require_finite(self, losses: Tensor) -> None:
-        """Collective, so that no rank goes on alone."""
-        bad = self.sum((~losses.isfinite()).sum())
-        if bad > 0:
-            self._drop_gradients()
-            raise NonFiniteError(f"{int(bad)} training samples of the global batch have a NaN or inf loss")
 
     def _drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

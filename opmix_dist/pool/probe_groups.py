@@ -18,6 +18,7 @@ from opmix_dist.distributed import World
 from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import SearchDir
 from opmix_dist.exchange.schemas import SearchRequest
+from opmix_dist.faults.points import point
 from opmix_dist.models.compute import Compute
 from opmix_dist.models.lora import JointAdapters
 from opmix_dist.pool.probes import save_probe, train_probes
@@ -82,6 +83,7 @@ class ProbeGroups:
         )
         seconds = time.perf_counter() - start
         for name in names:
+            point("probe.save", detail=name)
             save_probe(adapters, name, curves[name], self.search.probe(name), self.request.snapshot, seconds)
         adapters.remove()
 

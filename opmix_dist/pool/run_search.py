@@ -67,13 +67,20 @@ class Searcher:
 
     Args:
         stop: signals that end a search on the trainers' own ranks; a pool's workers are just killed.
+        on_beat: called after each piece of work.
     """
 
     def __init__(
-        self, run: RunDir, config: SharedConfig, world: World, *, stop: StopSignals | None = None
+        self,
+        run: RunDir,
+        config: SharedConfig,
+        world: World,
+        *,
+        stop: StopSignals | None = None,
+        on_beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.run, self.config, self.world = run, config, world
-        self._stop, self._working = stop, False
+        self._stop, self._working, self._on_beat = stop, False, on_beat
 
     def answer(self, search: SearchDir) -> None:
         """Write proposal.json and status ``proposed``, or status ``failed`` with the reason.
@@ -82,7 +89,7 @@ class Searcher:
             StopRequested: on all ranks, as soon as those that were asked have met the others. What is done is
                 on disk; the next attempt goes on from it.
         """
-        status = StatusWriter(search, writes=self.world.is_leader, on_beat=self._stop_if_asked)
+        status = StatusWriter(search, writes=self.world.is_leader, on_beat=self._after_a_piece)
         try:
             _Search(self, search, status).run()
         except PeerError as error:
@@ -120,8 +127,10 @@ class Searcher:
                 raise StopRequested from None
             raise
 
-    def _stop_if_asked(self) -> None:
-        """Between two pieces of work that do not communicate; elsewhere the other ranks would wait."""
+    def _after_a_piece(self) -> None:
+        """A stop is for between two pieces of work that do not communicate; elsewhere the other ranks would
+        wait."""
+        self._on_beat()
         if self._working and self._stop is not None and self._stop.received:
             raise StopRequested
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from opmix_dist.config import EngineConfig, OptimizerConfig, RunConfig
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import World
-from opmix_dist.engines.base import Engine, Kind, NonFiniteError, Replica, StepResult
+from opmix_dist.engines.base import Engine, Kind, Replica, StepResult
 from opmix_dist.engines.megatron.cpu import cpu_in_place_of_cuda
 from opmix_dist.engines.megatron.loss import document_mask, parallel_sample_losses
 from opmix_dist.engines.megatron.model import build_stage, transformer_config
@@ -124,7 +124,7 @@ class MegatronEngine(Engine):
             self.model.zero_grad_buffer()
             self.optimizer.zero_grad()
             losses = self._run(microbatches, forward_only=False)
-            self._require_finite(losses)
+            self._require_good(losses, targets)
             self.optimizer.prepare_grads()
             grad_norm = float(self.optimizer.clip_grad_norm(self.max_grad_norm))
             if math.isfinite(grad_norm):
@@ -133,12 +133,6 @@ class MegatronEngine(Engine):
                 self.optimizer.step_with_ready_grads()
                 self._steps += 1
         return StepResult(losses, targets, grad_norm)
-
-    def _require_finite(self, losses: Tensor) -> None:
-        """Collective, so that no rank goes on alone."""
-        bad = self.sum((~losses.isfinite()).sum())
-        if bad > 0:
-            raise NonFiniteError(f"{int(bad)} training samples of the global batch have a NaN or inf loss")
 
     def _evaluate(self, batch: TokenBatch, batch_size: int) -> Tensor:
         """The schedules take micro-batches of one size: the last one repeats a sample."""
