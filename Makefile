@@ -48,6 +48,10 @@ bench-data: setup ## loaders and ingest beside what others use; some 25 minutes 
 bench-kernels: ## kernels beside their baselines on a CUDA machine, some 10 minutes; uses .venv, or PYTHON if there is none
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_kernels.py --out benchmarks/results
 
+.PHONY: soak
+soak: setup ## faults on purpose in real jobs, at least 110 of them; some 60 minutes on free cores, and goes on when stopped
+	$(BIN)/python -m benchmarks.soak
+
 .PHONY: lock
 lock: ## write the locks again (needs uv); pins stay where they can: delete the locks for the newest
 	uv pip compile --quiet --universal --python-version 3.11 --no-annotate --custom-compile-command "make lock" \

@@ -35,8 +35,6 @@ class Place(BaseModel):
     moves: int
     """Phases and collectives that it has entered: the same ones in the same order on all ranks."""
     beat: int
-    still_s: float
-    """Seconds since its last move."""
 
 
 class Watchdog:
@@ -78,19 +76,21 @@ class Watchdog:
 
     def _watch(self) -> None:
         told_at = -1
-        while not self._ended.wait(self._interval_s):
+        while True:
             still = time.monotonic() - self._moved_at
             try:
-                self._publish(still)
+                self._publish()
                 if still > PATIENCE * self._timeout_s and told_at != self._moves:
                     told_at = self._moves
                     self._tell(f"{self._role} rank {self._rank} has not moved for {still:.0f} s")
             except (DistError, RuntimeError) as error:  # the launch is ending, or the network is gone
                 log.debug("cannot tell this rank's place: %s", error)
+            if self._ended.wait(self._interval_s):
+                return
 
-    def _publish(self, still_s: float) -> None:
+    def _publish(self) -> None:
         self._beat += 1
-        place = Place(phase=self._phase, step=self._step, moves=self._moves, beat=self._beat, still_s=still_s)
+        place = Place(phase=self._phase, step=self._step, moves=self._moves, beat=self._beat)
         self._store.set(str(self._rank), place.model_dump_json())
 
     def _tell(self, what: str) -> None:
@@ -98,7 +98,9 @@ class Watchdog:
             if self._store.add(f"told/{self._moves}", 1) > 1:
                 return  # another rank does, at the same place
             before = self._places()
-            time.sleep(2.5 * self._interval_s)
+            for _ in range(3):  # longer than the others' beats are apart, and this rank must not seem gone
+                time.sleep(self._interval_s)
+                self._publish()
             after = self._places()
         except (DistError, RuntimeError) as error:
             log.error("%s; where the others stand cannot be asked: %s", what, _short(error))
