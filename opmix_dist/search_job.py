@@ -62,7 +62,8 @@ def run_search_alone(config: SearchRunConfig, sources: Mapping[str, MixtureSourc
         require_kernels(config.search.kernels, world.device)
         with open_run(run, config, world, SEARCH_MAY_CHANGE):
             _answer(run, config, request, world, sources)
-    except BaseException:
+    except BaseException as error:
+        world.explain(error)
         world.abandon()
         raise
     world.leave()
