@@ -65,6 +65,10 @@ bench-kernels: ## kernels beside their baselines on a CUDA machine, some 10 minu
 bench-engines: ## engines beside a loop by hand and HF's Trainer, searches in jobs, on a CUDA machine; what has no number yet, 9 minutes a call
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_engines.py --missing --out benchmarks/results
 
+.PHONY: soak
+soak: setup ## faults on purpose in real jobs, at least 110 of them; some 60 minutes on free cores, and goes on when stopped
+	$(BIN)/python -m benchmarks.soak
+
 .PHONY: lock
 lock: ## write the locks again (needs uv); pins stay where they can: delete the locks for the newest
 	uv pip compile --quiet --universal --python-version 3.11 --no-annotate --custom-compile-command "make lock" \

@@ -200,7 +200,9 @@ def _bytes(text: str) -> int:
 def _prepare(arguments: argparse.Namespace, rest: list[str]) -> None:
     from opmix_dist.data.ingest import PrepareConfig, prepare
     from opmix_dist.data.sources import parse_domains
+    from opmix_dist.faults import points
 
+    points.install("ingest", 0)
     given = {name: value for name, value in vars(arguments).items() if name not in ("command", "run")}
     texts = given.pop("domains", [])
     chats = parse_domains(text for text in texts if isinstance(text, _Chat))

@@ -251,6 +251,18 @@ class TrainConfig(Section):
     eval_samples_per_domain: int = Field(
         64, ge=1, description="held-out samples per domain in reported losses"
     )
+    on_bad_step: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="a NaN, inf or spike: stop; leave its batch out; or go back to the newest checkpoint and "
+        "on with the data behind its batch",
+    )
+    max_bad_steps: int = Field(
+        3, ge=1, description="batches in a row that are left out, and times to go back to one checkpoint"
+    )
+    spike_deviations: float | None = Field(
+        None, gt=0, description="a loss is a spike so many standard deviations above the mean; null: none is"
+    )
+    spike_window: int = Field(128, ge=2, description="steps before it that mean and deviation are taken of")
 
     @model_validator(mode="after")
     def _divisible(self) -> TrainConfig:
@@ -306,7 +318,10 @@ class PoolConfig(TeamConfig):
     external: bool = Field(False, description="the pool is a launch of its own: `opmix pool --run DIR`")
     max_restarts: int = Field(3, ge=0, description="times that a dead pool worker is started again")
     heartbeat_timeout_s: float = Field(
-        300.0, gt=0, description="seconds without a sign of life: search failed"
+        300.0,
+        gt=0,
+        description="seconds without a sign of life: search failed; after half of them, hung workers are "
+        "started again",
     )
     poll_interval_s: float = Field(0.5, gt=0, description="seconds between looks into the run directory")
     threads: int = Field(0, ge=0, description="CPU threads of a pool worker; 0 leaves torch's default")
@@ -455,6 +470,10 @@ RESUME_MAY_CHANGE = (
     "train.global_batch_size",
     "train.micro_batch_size",
     "train.log_interval_steps",
+    "train.on_bad_step",
+    "train.max_bad_steps",
+    "train.spike_deviations",
+    "train.spike_window",
     "search.kernels",  # what was evaluated otherwise is not used; probes that are trained stay
 )
 

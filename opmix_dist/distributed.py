@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opmix_dist.errors import UserError
+from opmix_dist.watchdog import Watchdog
 
 
 class Role(StrEnum):
@@ -66,43 +67,78 @@ class World:
     missing makes the others wait until the timeout, whose error names the role.
     """
 
-    def __init__(self, placement: Placement, device: torch.device) -> None:
+    def __init__(
+        self,
+        placement: Placement,
+        device: torch.device,
+        *,
+        timeout: timedelta = timedelta(minutes=30),
+        watchdog: Watchdog | None = None,
+    ) -> None:
+        """``timeout``: of a collective; other groups than the default one must be given it."""
         self.role, self.rank, self.size = placement.role, placement.rank, placement.size
         self.device = device
         self.is_leader = placement.rank == 0
+        self.timeout, self._watchdog = timeout, watchdog
 
     @classmethod
     def join(
         cls, placement: Placement, *, device: str = "auto", timeout_s: float = 1800.0, generation: int = 0
     ) -> World:
         """Collective over the role. ``device``: auto takes this rank's GPU where there is one."""
-        chosen = _device(device)
+        chosen, timeout = _device(device), timedelta(seconds=timeout_s)
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(
             backend,
             store=dist.PrefixStore(_prefix(placement.role, generation), launch_store()),
             rank=placement.rank,
             world_size=placement.size,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timeout,
         )
-        return cls(placement, chosen)
+        watchdog = None
+        if placement.size > 1:
+            store = dist.PrefixStore(f"places/{_prefix(placement.role, generation)}", launch_store())
+            watchdog = Watchdog(placement.role, placement.rank, placement.size, store, timeout_s)
+        return cls(placement, chosen, timeout=timeout, watchdog=watchdog)
+
+    def enter(self, phase: str, step: int = 0) -> None:
+        """A part of the work begins, on all ranks of the role: what is said when one does not come along."""
+        if self._watchdog is not None:
+            self._watchdog.enter(phase, step)
+
+    def _move(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.move()
+
+    def explain(self, error: BaseException) -> None:
+        """Not collective: if ``error`` is that of a collective, log which ranks did not come, and where all
+        of them stand."""
+        if self._watchdog is not None:
+            self._watchdog.explain(error)
 
     def leave(self) -> None:
         """Collective. Leave in step, so that no rank tears connections down that another still needs."""
-        dist.barrier()
-        dist.destroy_process_group()
+        self.barrier()
+        self._end()
 
     def abandon(self) -> None:
         """Not collective: drop the group after an error, when the other ranks may be anywhere."""
+        self._end()
+
+    def _end(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.close()
         dist.destroy_process_group()
 
     def barrier(self) -> None:
         """Collective."""
+        self._move()
         dist.barrier()
 
     def sum(self, values: Tensor) -> Tensor:
         """Collective. Sum over ranks in place, on whatever device ``values`` lies."""
         if self.size > 1:
+            self._move()
             dist.all_reduce(values)
         return values
 
@@ -110,6 +146,7 @@ class World:
         """Collective. The largest of the ranks' numbers, on every rank."""
         if self.size == 1:
             return value
+        self._move()
         number = torch.tensor([value])
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
         return int(number)
@@ -119,6 +156,7 @@ class World:
         if self.size == 1:
             assert values is not None
             return list(values)
+        self._move()
         length = torch.tensor([len(values) if values is not None else 0])
         dist.broadcast(length, src=0)
         numbers = torch.zeros(int(length), dtype=torch.float64)
@@ -142,6 +180,7 @@ class World:
             if failure is not None:
                 raise PeerError(failure)
             return
+        self._move()
         first = torch.tensor([self.rank if failure is not None else self.size])
         dist.all_reduce(first, op=dist.ReduceOp.MIN)
         source = int(first)

@@ -19,6 +19,7 @@ from opmix_dist.exchange import files
 from opmix_dist.exchange.opening import open_run
 from opmix_dist.exchange.rundir import RunDir, SearchDir, write_record
 from opmix_dist.exchange.schemas import Proposal, SearchRequest, SearchStage
+from opmix_dist.faults import points
 from opmix_dist.logs import set_up_logging
 from opmix_dist.mixture_files import MixtureSource, write_mixture_files
 from opmix_dist.models.build import check_tokenizer
@@ -52,6 +53,7 @@ def run_search_alone(config: SearchRunConfig, sources: Mapping[str, MixtureSourc
     placement = dataclasses.replace(Placement.from_environment(0), role=Role.POOL)
     set_up_logging(f"search {placement.rank}")
     require_whole_teams(config.pool.ranks_per_model, placement.size)
+    points.install(placement.role, placement.rank)
     catalogue = open_data(config.data)
     request = _request(config, catalogue)
     _check(config, catalogue, sources)
@@ -64,7 +66,8 @@ def run_search_alone(config: SearchRunConfig, sources: Mapping[str, MixtureSourc
         require_repeatable_search(config, world.device)
         with open_run(run, config, world, SEARCH_MAY_CHANGE):
             _answer(run, config, request, world, sources)
-    except BaseException:
+    except BaseException as error:
+        world.explain(error)
         world.abandon()
         raise
     world.leave()

@@ -46,6 +46,7 @@ from opmix_dist.data.tokenizer import TokenizerFiles, load_tokenizer, save_token
 from opmix_dist.data.workers import Pool, Task
 from opmix_dist.data.writing import DomainWriter, Form, read_record
 from opmix_dist.errors import UserError
+from opmix_dist.faults.points import point
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -232,6 +233,7 @@ class _Ingest:
             ):
                 saved = time.monotonic()
                 for place, found in results:
+                    point("ingest.read")
                     job.survey.append(place, found)
                     advance(len(found.ranks), 0)
                     if time.monotonic() - saved >= self._config.record_seconds:
@@ -305,12 +307,14 @@ class _Ingest:
         with self._report.stage(f"{job.name}: write", total) as advance:
             with job.naming_files(), writing(job.staging.target):
                 for documents, encoded in results:
+                    point("ingest.write")
                     writer.add(encoded)
                     advance(documents, encoded.tokens)
                 writer.close()
 
     def _publish(self, job: Job, writer: DomainWriter) -> None:
         sources = self._sources[job.name].names
+        point("ingest.publish")
         info = writer.publish(job.settings, self._config.seed, sources, job.files)
         job.writer = None  # and what it holds
         self._report.say(f"{job.name}: {_summary(info)}")

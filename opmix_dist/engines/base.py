@@ -23,6 +23,7 @@ from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import World
 from opmix_dist.engines.held import HeldBytes
 from opmix_dist.errors import UserError
+from opmix_dist.faults.points import spoiled
 from opmix_dist.models.flops import FlopCounts
 
 Kind = Literal["parameter", "exp_avg", "exp_avg_sq"]
@@ -30,8 +31,25 @@ Kind = Literal["parameter", "exp_avg", "exp_avg_sq"]
 KINDS: tuple[Kind, ...] = ("parameter", "exp_avg", "exp_avg_sq")
 
 
-class NonFiniteError(RuntimeError):
-    """A loss or gradient norm is NaN or inf; nothing was applied to the parameters."""
+class BadStepError(RuntimeError):
+    """A step that was not applied: parameters, moments and AdamW's step count are as before it.
+
+    Args:
+        losses: [b] float64 on the CPU, as :class:`StepResult` has them.
+        targets: [b] int64 on the CPU.
+    """
+
+    def __init__(self, reason: str, losses: Tensor, targets: Tensor) -> None:
+        super().__init__(reason)
+        self.losses, self.targets = losses, targets
+
+
+class NonFiniteError(BadStepError):
+    """A loss or the gradient norm is NaN or inf."""
+
+
+class LossSpikeError(BadStepError):
+    """The loss is above the limit."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +135,13 @@ class Engine(ABC):
         """Sum over the replicas, on every rank."""
         return self.world.sum(values if self.replica.counts else torch.zeros_like(values))
 
-    def train_step(self, microbatches: Sequence[TokenBatch], *, lr: float) -> StepResult:
+    def train_step(
+        self,
+        microbatches: Sequence[TokenBatch],
+        *,
+        lr: float,
+        loss_limit: float = math.inf,
+    ) -> StepResult:
         """One optimiser step on the global batch, of which this replica holds ``microbatches``.
 
         The gradient is that of the mean loss over all targets of the global batch, however it is divided
@@ -127,9 +151,10 @@ class Engine(ABC):
             microbatches: b samples of T tokens each, on the CPU; the same number of them on every rank, and
                 the same samples on all ranks of a replica.
             lr: learning rate of this step.
+            loss_limit: the step is not applied where the mean loss over all targets is above it.
 
         Raises:
-            NonFiniteError: on every rank alike; the parameters are as before the step.
+            NonFiniteError, LossSpikeError: on every rank alike; the parameters are as before the step.
             UserError: on every rank alike; the global batch has no target, and so no mean loss.
         """
         targets = torch.cat([part.targets for part in microbatches])
@@ -139,10 +164,31 @@ class Engine(ABC):
                 "no sample of the global batch has a token that counts in the loss: raise "
                 "train.global_batch_size, or prepare the data without such samples"
             )
-        result = self._train_step(microbatches, targets, total, lr)
+        self._loss_limit = loss_limit
+        result = self._train_step(
+            microbatches, targets, spoiled("train.gradient", total, step=lambda: self.optimizer_steps), lr
+        )
         if not math.isfinite(result.grad_norm):
-            raise NonFiniteError(f"the gradient norm is {result.grad_norm}")
+            raise NonFiniteError(f"the gradient norm is {result.grad_norm}", result.sample_losses, targets)
         return result
+
+    def _require_good(self, result: StepResult, checks: Tensor, total: float) -> None:
+        """Engines call it when nothing of a step is applied, or was.
+
+        Args:
+            checks: :func:`loss_checks`, summed over the replicas, on the CPU.
+            total: number of targets of the global batch.
+
+        Raises:
+            NonFiniteError, LossSpikeError: on every rank alike.
+        """
+        bad, nats = checks.tolist()
+        if bad:
+            reason = f"{bad:.0f} training samples of the global batch have a NaN or inf loss"
+            raise NonFiniteError(reason, result.sample_losses, result.targets)
+        if nats / total > self._loss_limit:
+            reason = f"the loss is {nats / total:.4f}, above the limit of {self._loss_limit:.4f}"
+            raise LossSpikeError(reason, result.sample_losses, result.targets)
 
     @torch.no_grad()
     def evaluate(self, batch: TokenBatch, batch_size: int) -> Tensor:
@@ -239,23 +285,15 @@ class Engine(ABC):
             for name, tensor in part.items():
                 self._set_whole(kind, name, tensor)
 
-    def _require_finite(self, losses: Tensor) -> None:
-        """Collective, so that no rank goes on alone: raise NonFiniteError if any of the replicas' ``losses``
-        [b] on the CPU is not finite."""
-        require_none_bad(float(self.sum((~losses.isfinite()).sum())))
-
     def _after_loading(self) -> None:  # noqa: B027  (most engines keep one copy)
         """All of :meth:`_set_whole` is done: copies in other dtypes may be made."""
 
 
-def require_none_bad(num_samples: float) -> None:
-    """Of the global batch, without a finite loss.
-
-    Raises:
-        NonFiniteError: there are some.
-    """
-    if num_samples > 0:
-        raise NonFiniteError(f"{num_samples:.0f} training samples of the global batch have a NaN or inf loss")
+def loss_checks(losses: Tensor) -> Tensor:
+    """What is summed over replicas to know whether a step is good: of losses [b], how many are not finite,
+    and the sum of the others, [2] float64."""
+    finite = losses.isfinite()
+    return torch.stack([(~finite).sum().double(), torch.where(finite, losses, 0).double().sum()])
 
 
 def owners(shapes: Mapping[str, torch.Size], ranks: int) -> dict[str, int]:

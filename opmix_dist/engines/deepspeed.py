@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from transformers import PretrainedConfig
 from opmix_dist.config import EngineConfig, OptimizerConfig, RunConfig
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import World
-from opmix_dist.engines.base import Kind, Replica, StepResult
+from opmix_dist.engines.base import Kind, NonFiniteError, Replica, StepResult, loss_checks
 from opmix_dist.engines.blocks import prepare_blocks
 from opmix_dist.engines.deepspeed_config import (
     Settings,
@@ -162,13 +163,17 @@ class DeepSpeedEngine(SingleEngine):
         self, microbatches: Sequence[TokenBatch], targets: Tensor, total: int, lr: float
     ) -> StepResult:
         on_device = send(microbatches, self.world.device)
-        losses = []
+        losses: list[Tensor] = []
         for i, batch in enumerate(on_device):
-            with self._accumulating(i == len(on_device) - 1):
+            last = i == len(on_device) - 1
+            with self._accumulating(last):
                 sums = self._losses(batch)
+                good = sums.detach().isfinite().all()
+                if last:
+                    good &= self._within_limit(torch.cat([*losses, sums.detach()]), total)
                 # Gradients are averaged over ranks, hence the factor. One of NaN makes the gradient's norm
                 # NaN on all ranks, and DeepSpeed drop the step.
-                factor = torch.where(sums.detach().isfinite().all(), self.replica.size / total, torch.nan)
+                factor = torch.where(good, self.replica.size / total, torch.nan)
                 self.engine.backward(sums.sum() * factor, scale_wrt_gas=False)
             losses.append(sums.detach())
         for group in self.optimizer.param_groups:
@@ -176,8 +181,22 @@ class DeepSpeedEngine(SingleEngine):
         self.engine.step()
         sample_sums = torch.cat(losses).double().cpu()
         if not self.engine.was_step_applied():
-            self._require_finite(sample_sums)
+            refused = StepResult(sample_sums, targets, math.nan)
+            self._require_good(refused, self.sum(loss_checks(sample_sums)), total)
+            raise NonFiniteError("DeepSpeed met a NaN or inf in the gradient", sample_sums, targets)
         return StepResult(sample_sums, targets, float(self.engine.get_global_grad_norm()))
+
+    def _within_limit(self, losses: Tensor, total: int) -> bool:
+        """Collective. Whether the mean loss is; asked before the last backward pass, because DeepSpeed
+        itself decides then whether it applies a step.
+
+        Args:
+            losses: [b], this rank's.
+        """
+        if math.isinf(self._loss_limit):
+            return True
+        nats = self.sum(loss_checks(losses.cpu()))[1]
+        return float(nats) / total <= self._loss_limit
 
     def _drop_gradients(self) -> None:
         """DeepSpeed has done so, and keeps the memory."""

@@ -131,18 +131,19 @@ class FSDPEngine(SingleEngine):
                 if isinstance(module, FSDPModule):
                     module.reshard()
 
-    def _clip(self, bad: Tensor) -> tuple[Tensor, Tensor]:
+    def _clip(self, checks: Tensor) -> tuple[Tensor, Tensor]:
         """Parameters are divided over the whole mesh or over a part of it, so a number of the gradient may be
         on several ranks: each counts it as the share that makes 1 of all of them. One sum over the ranks
         follows, whatever the meshes."""
         local = [cast(DTensor, parameter.grad).to_local() for parameter in self.model.parameters()]
         norms = torch.stack(torch._foreach_norm(local))
         squares = norms.square() @ self._shares
-        mine = bad.to(norms) if self.replica.counts else torch.zeros_like(squares)
-        all_bad, square = self.world.sum(torch.stack([mine, squares]))
-        norm = square.sqrt()
-        torch._foreach_mul_(local, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-        return all_bad, norm
+        mine = checks if self.replica.counts else torch.zeros_like(checks)
+        found = self.world.sum(torch.cat([mine.to(squares.device), squares.double()[None]]))
+        norm = found[-1].sqrt()
+        factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(local, factor.to(norms))
+        return found[:-1].to(checks.device), norm.to(checks.device)
 
     @cached_property
     def _shares(self) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from opmix_dist.config import EngineConfig, OptimizerConfig
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import World
-from opmix_dist.engines.base import Engine, Kind, Replica, StepResult, require_none_bad
+from opmix_dist.engines.base import Engine, Kind, Replica, StepResult, loss_checks
 from opmix_dist.engines.blocks import prepare_blocks, use_float8
 from opmix_dist.engines.held import HeldBytes, HeldCounter
 from opmix_dist.engines.transfer import read_later, send
@@ -129,13 +129,15 @@ class SingleEngine(Engine):
             losses.append(sums.detach())
         sample_sums = torch.cat(losses).double()
         self._complete_gradients()
-        bad, norm = self._clip((~sample_sums.isfinite()).sum())
-        results = read_later(torch.cat([sample_sums, torch.stack([bad, norm]).to(sample_sums)]))
-        self._apply(lr, refused=(bad > 0) | ~norm.isfinite())
+        checks, norm = self._clip(loss_checks(sample_sums))
+        results = read_later(torch.cat([sample_sums, checks, norm[None]]))
+        bad, nats = checks
+        self._apply(lr, refused=(bad > 0) | (nats / total > self._loss_limit) | ~norm.isfinite())
         self._drop_gradients()
         found = results()
-        require_none_bad(found[-2].item())
-        return StepResult(found[:-2], targets, found[-1].item())
+        result = StepResult(found[:-3], targets, found[-1].item())
+        self._require_good(result, found[-3:-1], total)
+        return result
 
     def _apply(self, lr: float, *, refused: Tensor) -> None:
         """AdamW's step, unless it is ``refused`` (0-dimensional, on the device). The fused AdamW looks at
@@ -158,17 +160,17 @@ class SingleEngine(Engine):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
-    def _clip(self, bad: Tensor) -> tuple[Tensor, Tensor]:
+    def _clip(self, checks: Tensor) -> tuple[Tensor, Tensor]:
         """Clip the gradient.
 
         Args:
-            bad: number of this replica's samples without a finite loss, 0-dimensional.
+            checks: :func:`loss_checks` of this replica's samples.
 
         Returns:
-            Their number in the global batch, and the gradient's norm before, both float32 on the device and
-            on every rank.
+            Their sum over the replicas, and the gradient's norm before, float64 on the device and on every
+            rank.
         """
-        return bad.float(), nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm).float()
+        return checks, nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm).double()
 
     def _evaluate(self, batch: TokenBatch, batch_size: int) -> Tensor:
         self.model.eval()

@@ -12,6 +12,7 @@ from opmix_dist.config import RunConfig, SearchRunConfig, SharedConfig, check_co
 from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
 from opmix_dist.exchange.schemas import (
+    BadStep,
     EvalLine,
     Fit,
     MixtureRecord,
@@ -101,6 +102,7 @@ class RunDir:
         self.mixtures_file = self.path / "mixtures.jsonl"
         self.train_file = self.path / "metrics" / "train.jsonl"
         self.eval_file = self.path / "metrics" / "eval.jsonl"
+        self.events_file = self.path / "events.jsonl"
         self.summary_file = self.path / "summary.json"
         self.stopped_file = self.path / "stopped.json"
         self.report_file = self.path / "report.html"
@@ -179,6 +181,10 @@ class RunDir:
 
     def eval_lines(self) -> list[EvalLine]:
         return list({r.step: r for r in read_records(self.eval_file, EvalLine)}.values())
+
+    def bad_steps(self) -> list[BadStep]:
+        """In the order in which they were met."""
+        return read_records(self.events_file, BadStep)
 
     def summary(self) -> Summary:
         return read_record(self.summary_file, Summary)

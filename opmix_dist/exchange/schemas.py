@@ -299,6 +299,35 @@ class EvalLine(Record):
     stderr: dict[str, float]
 
 
+class BadStep(Record):
+    """A line of events.jsonl: a step that was not applied, and what followed. A resumed run does the same
+    again, also where the reason is gone."""
+
+    kind: Literal["nan", "spike"]
+    action: Literal["stop", "skip", "rollback"]
+    step: int = Field(ge=0)
+    """Finished steps."""
+    batch: int = Field(ge=0)
+    """Number of the global batch, from 0 at the start of the run."""
+    reason: str
+    domain_loss: dict[Name, Finite | None]
+    """Of the batch, nats per token; None where it is NaN or inf."""
+    at: str
+    """UTC, ISO 8601."""
+    checkpoint: int | None = Field(None, ge=0)
+    """rollback: the step that the run went back to."""
+    loader: dict[str, Any] | None = None
+    """rollback: where the data go on from there."""
+    domain_tokens: dict[Name, int] | None = None
+    """rollback: tokens that were read by then."""
+
+    @model_validator(mode="after")
+    def _goes_somewhere(self) -> BadStep:
+        if (self.action == "rollback") == (None in (self.checkpoint, self.loader, self.domain_tokens)):
+            raise ValueError("checkpoint, loader and domain_tokens belong to a rollback")
+        return self
+
+
 class Stopped(Record):
     """stopped.json: the run was asked to stop and has done so; it goes on when it is started again."""
 

@@ -19,6 +19,7 @@ from opmix_dist.distributed import World
 from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import SearchDir
 from opmix_dist.exchange.schemas import SearchRequest
+from opmix_dist.faults.points import point
 from opmix_dist.models.compute import Compute
 from opmix_dist.models.lora import JointAdapters
 from opmix_dist.pool.probes import save_probe, train_probes
@@ -116,6 +117,7 @@ class ProbeGroups:
 
         def save() -> None:
             for name in names if team.leads else ():
+                point("probe.save", detail=name)
                 folder = self.search.probe(name)
                 save_probe(adapters, name, curves[name], folder, self.request.snapshot, seconds)
 

@@ -72,17 +72,25 @@ class Searcher:
 
     Args:
         stop: signals that end a search on the trainers' own ranks; a pool's workers are just killed.
+        on_beat: called after each piece of work.
 
     Raises:
         UserError: the ranks cannot be divided into teams.
     """
 
     def __init__(
-        self, run: RunDir, config: SharedConfig, world: World, *, stop: StopSignals | None = None
+        self,
+        run: RunDir,
+        config: SharedConfig,
+        world: World,
+        *,
+        stop: StopSignals | None = None,
+        on_beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.run, self.config, self.world = run, config, world
         self.crew = Crew.of(world, config.pool.ranks_per_model)
         self._stop, self._working, self.can_stop = stop, False, True
+        self._on_beat = on_beat
 
     def answer(self, search: SearchDir) -> None:
         """Write proposal.json and status ``proposed``, or status ``failed`` with the reason.
@@ -92,7 +100,7 @@ class Searcher:
                 on disk; the next attempt goes on from it.
             BrokenTeamError: this rank cannot go on, and others wait for it: its process is to end.
         """
-        status = StatusWriter(search, writes=self.world.is_leader, on_beat=self._stop_if_asked)
+        status = StatusWriter(search, writes=self.world.is_leader, on_beat=self._after_a_piece)
         self.can_stop = True
         try:
             _Search(self, search, status).run()
@@ -140,8 +148,9 @@ class Searcher:
                 raise StopRequested from None
             raise
 
-    def _stop_if_asked(self) -> None:
-        """Where all ranks can leave together; elsewhere the others would wait."""
+    def _after_a_piece(self) -> None:
+        """A stop is for where all ranks can leave together; elsewhere the others would wait."""
+        self._on_beat()
         if self._working and self.can_stop and self._stop is not None and self._stop.received:
             raise StopRequested
 

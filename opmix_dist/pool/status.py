@@ -6,13 +6,25 @@ import logging
 import time
 from collections.abc import Callable
 
+from opmix_dist.errors import UserError
 from opmix_dist.exchange.rundir import SearchDir, write_record
 from opmix_dist.exchange.schemas import SearchStage, SearchStatus
+from opmix_dist.faults.points import point
 
 log = logging.getLogger(__name__)
 WRITE_INTERVAL_S = 0.5  # often enough for a person who watches, rare enough for a shared file system
 LOG_INTERVAL_S = 30.0
 FINAL_ATTEMPTS = 4
+
+
+def _beats_before(search: SearchDir) -> int:
+    """Of an earlier worker: its successor's first word must differ from its last, or passes for silence."""
+    try:
+        status = search.status()
+    except (UserError, OSError) as error:
+        log.warning("the status of search %s is written anew: %s", search.name, error)
+        return 0
+    return 0 if status is None else status.beat + 1
 
 
 class StatusWriter:
@@ -26,13 +38,15 @@ class StatusWriter:
         self, search: SearchDir, *, writes: bool, on_beat: Callable[[], None] = lambda: None
     ) -> None:
         self._search, self._writes, self._on_beat = search, writes, on_beat
-        self._beat = 0
+        self._beat = _beats_before(search) if writes else 0
         self._last_write = self._last_log = 0.0
 
     def enter(self, stage: SearchStage, *, total: int = 0, reason: str = "") -> None:
         """Move to a stage; written and logged at once."""
         self._stage, self._total, self._done = stage, total, 0
         self._entered = time.monotonic()
+        if stage is not SearchStage.FAILED:
+            point(f"search.{stage}")
         self._write(reason)
         self._log()
 
@@ -44,6 +58,7 @@ class StatusWriter:
         """So many of the stage's pieces of work are done; written at most every half second."""
         self._beat += 1
         self._done = done
+        point(f"search.{self._stage}", step=done)
         now = time.monotonic()
         if now - self._last_write >= WRITE_INTERVAL_S:
             self._write()

@@ -25,6 +25,7 @@ from opmix_dist.errors import UserError
 from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.exchange.schemas import SearchStage
 from opmix_dist.logs import set_up_logging
+from opmix_dist.pool.heart import PIPE_VARIABLE, Pulse
 from opmix_dist.pool.status import StatusWriter
 from opmix_dist.pool.team import require_whole_teams
 from opmix_dist.pool.worker import oldest_open_search
@@ -35,6 +36,9 @@ from opmix_dist.stopping import launch_is_told
 log = logging.getLogger(__name__)
 END_GRACE_S = 5.0
 GENERATION_KEY = "opmix/pool_generation"
+SILENCE = 0.5
+"""Share of pool.heartbeat_timeout_s after which workers are started again: before the trainers, who wait for
+all of it, give the search up."""
 
 
 class Supervisor:
@@ -53,8 +57,7 @@ class Supervisor:
             signal.signal(number, self._stop)
         while True:
             generation = self.generations.current()
-            self.child = self._start(generation)
-            code = self._wait(generation)
+            code = self._work(generation)
             if code == 0 or self._over():
                 return
             try:
@@ -68,17 +71,31 @@ class Supervisor:
                 return
             time.sleep(self.config.pool.poll_interval_s)
 
+    def _work(self, generation: int) -> int:
+        """One worker from start to end; its exit code."""
+        beats = self.generations.key(f"beats/{generation}")
+        pulse = Pulse(self.store, beats, SILENCE * self.config.pool.heartbeat_timeout_s)
+        try:
+            self.child = self._start(generation, pulse)
+            return self._wait(generation, pulse)
+        finally:
+            pulse.close()
+
     def _over(self) -> bool:
         """The run has ended, or the trainers of this launch have, as they were asked to."""
         return self.run.summary_file.exists() or launch_is_told(self.store)
 
-    def _start(self, generation: int) -> subprocess.Popen[bytes]:
-        environment = {**os.environ, "OPMIX_POOL_GENERATION": str(generation)}
+    def _start(self, generation: int, pulse: Pulse) -> subprocess.Popen[bytes]:
+        own = {"OPMIX_POOL_GENERATION": str(generation), PIPE_VARIABLE: str(pulse.writing)}
+        environment = os.environ | own
         if self.config.pool.threads:
             environment["OMP_NUM_THREADS"] = str(self.config.pool.threads)
         place = [str(self.placement.rank), str(self.placement.size)]
         child = subprocess.Popen(
-            [sys.executable, "-m", "opmix_dist.pool.worker", *place], env=environment, stdin=subprocess.PIPE
+            [sys.executable, "-m", "opmix_dist.pool.worker", *place],
+            env=environment,
+            stdin=subprocess.PIPE,
+            pass_fds=[pulse.writing],
         )
         assert child.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died already: _wait tells
@@ -86,15 +103,19 @@ class Supervisor:
             child.stdin.close()
         return child
 
-    def _wait(self, generation: int) -> int:
-        """The worker's exit code. The start of another generation ends it, and so does the end of the run,
-        whatever it still computes: nobody waits for that any more."""
+    def _wait(self, generation: int, pulse: Pulse) -> int:
+        """The worker's exit code. The start of another generation ends it, and so does a pool that hangs, and
+        the end of the run, whatever it still computes: nobody waits for that any more."""
         assert self.child is not None
         while (code := self.child.poll()) is None:
             if self.generations.current() != generation:
                 self.child.kill()
             elif self._over():
                 self._end_child()
+            elif pulse.silent():
+                log.warning("pool worker %d is killed: the pool hangs", self.placement.rank)
+                self.child.kill()
+                self.child.wait()
             time.sleep(self.config.pool.poll_interval_s)
         if code != 0 and not self._over():
             self.generations.advance_from(generation)
@@ -144,6 +165,10 @@ class Generations:
         self._store = store
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._key = f"{GENERATION_KEY}/{attempt}"
+
+    def key(self, name: str) -> str:
+        """For something else in the store that torchrun's restarts must not meet again."""
+        return f"{self._key}/{name}"
 
     def current(self) -> int:
         return self._store.add(self._key, 0)

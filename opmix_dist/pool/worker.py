@@ -6,11 +6,17 @@ import logging
 import os
 import sys
 import time
+from typing import TYPE_CHECKING
 
 import yaml
 
 from opmix_dist.config import RunConfig, check_config
 from opmix_dist.exchange.rundir import RunDir, SearchDir
+from opmix_dist.pool.heart import Heart
+
+if TYPE_CHECKING:
+    from opmix_dist.distributed import World
+    from opmix_dist.pool.run_search import Searcher
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +31,7 @@ def oldest_open_search(run: RunDir) -> SearchDir | None:
     return None
 
 
-def work(run: RunDir, config: RunConfig, rank: int, size: int) -> None:
+def work(run: RunDir, config: RunConfig, rank: int, size: int, heart: Heart) -> None:
     """Answer requests until the run has ended (summary.json). All pool ranks run this.
 
     Raises:
@@ -35,6 +41,7 @@ def work(run: RunDir, config: RunConfig, rank: int, size: int) -> None:
     from opmix_dist.distributed import Placement, Role, World
     from opmix_dist.pool.run_search import Searcher
 
+    heart.beat()
     if config.deterministic:
         use_deterministic_kernels()
     generation = int(os.environ.get("OPMIX_POOL_GENERATION", "0"))
@@ -44,13 +51,23 @@ def work(run: RunDir, config: RunConfig, rank: int, size: int) -> None:
         timeout_s=config.engine.collective_timeout_s,
         generation=generation,
     )
-    searcher = Searcher(run, config, world)
+    try:
+        _answer_all(run, config, world, Searcher(run, config, world, on_beat=heart.beat), heart)
+    except BaseException as error:
+        world.explain(error)
+        raise
+    world.leave()
+
+
+def _answer_all(run: RunDir, config: RunConfig, world: World, searcher: Searcher, heart: Heart) -> None:
+    world.enter("waiting for a request")
     while (name := world.share_text(_next(run) if world.is_leader else None)) != "end":
         if name:
+            world.enter(f"search {name}")
             searcher.answer(run.search(name))
         else:
             time.sleep(config.pool.poll_interval_s)
-    world.leave()
+        heart.beat()
 
 
 def _next(run: RunDir) -> str:
@@ -64,6 +81,7 @@ def _next(run: RunDir) -> str:
 def main() -> None:
     """``python -m opmix_dist.pool.worker RANK SIZE``, the configuration on standard input: started by the
     supervisor."""
+    from opmix_dist.faults import points
     from opmix_dist.logs import set_up_logging
     from opmix_dist.pool.errors import BrokenTeamError
     from opmix_dist.process import die_with_parent, end_process, leave_stopping_to_parent
@@ -72,9 +90,10 @@ def main() -> None:
     leave_stopping_to_parent()
     rank, size = int(sys.argv[1]), int(sys.argv[2])
     set_up_logging(f"pool {rank}")
+    points.install("pool", rank)
     config = check_config(yaml.safe_load(sys.stdin.read()))
     try:
-        work(RunDir(config.run_dir), config, rank, size)
+        work(RunDir(config.run_dir), config, rank, size, Heart.of_environment())
     except BrokenTeamError as error:  # without finalisation, which might wait for the others of the team
         log.error("pool worker %d ends: %s", rank, error)
         end_process(1)

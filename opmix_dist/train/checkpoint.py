@@ -33,6 +33,7 @@ from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
 from opmix_dist.exchange.manifest import CheckpointMarker, damage
 from opmix_dist.exchange.rundir import RunDir, read_record, write_record
+from opmix_dist.faults.points import point
 from opmix_dist.train.checkpoint_storage import HashingWriter, SafePlanner, SafeReader
 from opmix_dist.train.state import TrainerState
 
@@ -55,7 +56,7 @@ class Checkpointer:
     def __init__(self, run: RunDir, config: CheckpointConfig, world: World) -> None:
         self.run, self.config, self.world = run, config, world
         # Its own group: the collectives of a save in the background would meet training's in the default one.
-        self.group = dist.new_group(backend="gloo")
+        self.group = dist.new_group(backend="gloo", timeout=world.timeout)
         self._saving: _Saving | None = None
 
     def save(self, engine: Engine, state: TrainerState) -> None:
@@ -97,9 +98,16 @@ class Checkpointer:
 
     def _settle(self, saving: _Saving, writer: HashingWriter) -> None:
         """On the leader, in the saving thread. DCP's coordinator is done when every rank has written."""
+        try:
+            self._conclude(saving, writer)
+        finally:  # also after an error that nobody foresaw: the next save waits for it
+            saving.settled.set()
+
+    def _conclude(self, saving: _Saving, writer: HashingWriter) -> None:
         failure = _reason(saving.future.exception())
         try:
             if not failure:
+                point("checkpoint.complete", step=saving.step)
                 marker = CheckpointMarker(step=saving.step, files=writer.manifest)
                 files.mark_complete(writer.folder, marker.model_dump(mode="json"))
         except OSError as error:
@@ -108,7 +116,6 @@ class Checkpointer:
             self._give_up(saving.step, failure)
         else:
             self._prune()
-        saving.settled.set()
 
     def _give_up(self, step: int, reason: str) -> None:
         """On the leader. What was written makes room again; the checkpoints before it stay."""
@@ -287,6 +294,7 @@ def _lacking(folder: Path, shapes: Mapping[str, torch.Size], kinds: Sequence[Kin
 def _make(folder: Path, state: TrainerState) -> str:
     """Why a fresh folder with the trainer's state could not be made, or ""."""
     try:
+        point("checkpoint.begin", step=state.step)
         files.remove_folder(folder)
         write_record(folder / STATE_FILE, state)
     except OSError as error:

@@ -26,6 +26,7 @@ from opmix_dist.bounded import read_bounded, require_ordinary
 from opmix_dist.distributed import World
 from opmix_dist.errors import UserError
 from opmix_dist.exchange.manifest import FileDigest, HashingStream, Manifest, hash_file
+from opmix_dist.faults.points import point
 
 MAX_METADATA_BYTES = 1 << 30
 """Of DCP's index, some 250 bytes for each part of a tensor: thousands of tensors on hundreds of ranks."""
@@ -46,6 +47,7 @@ class HashingWriter(FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results = super().write_data(plan, planner).wait()
+        point("checkpoint.write")
         others = sorted(path for path in self.folder.rglob("*") if _is_other(path, self.folder))
         digests = {
             str(path.relative_to(self.folder)): hash_file(path)

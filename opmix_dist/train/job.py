@@ -29,6 +29,7 @@ from opmix_dist.exchange import files
 from opmix_dist.exchange.opening import open_run
 from opmix_dist.exchange.rundir import RunDir, write_record
 from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, Stopped, Summary
+from opmix_dist.faults import points
 from opmix_dist.ledger import Ledger
 from opmix_dist.logs import set_up_logging
 from opmix_dist.models.build import check_tokenizer
@@ -42,6 +43,7 @@ from opmix_dist.pool.team import require_whole_teams
 from opmix_dist.process import die_with_parent
 from opmix_dist.seeds import derive_seed
 from opmix_dist.stopping import StopRequested, StopSignals, name_of, tell_launch
+from opmix_dist.train.bad_steps import BadSteps
 from opmix_dist.train.callbacks import (
     Callback,
     CheckpointCallback,
@@ -77,6 +79,7 @@ def run_job(config: RunConfig) -> Stopped | None:
     stop.listen()
     placement = Placement.from_environment(config.pool.ranks)
     set_up_logging(f"{placement.role} {placement.rank}")
+    points.install(placement.role, placement.rank)
     run = RunDir(config.run_dir)
     if placement.role is Role.POOL:
         Supervisor(run, config, placement).supervise()
@@ -93,7 +96,8 @@ def run_job(config: RunConfig) -> Stopped | None:
     world = World.join(placement, device=config.engine.device, timeout_s=config.engine.collective_timeout_s)
     try:
         stopped = Job(run, config, world, catalogue, weights, stop).run_to_end()
-    except BaseException:
+    except BaseException as error:
+        world.explain(error)
         world.abandon()
         raise
     world.leave()
@@ -217,6 +221,8 @@ class Job:
             heldout=heldout,
             policy=POLICIES[config.mixture.policy](around),
             callbacks=callbacks,
+            checkpointer=checkpointer,
+            bad_steps=BadSteps.open(self.run, config.train, world),
             state=state,
             recorded=recorded,
             ledger=ledger,
@@ -284,9 +290,7 @@ class Job:
         for name in state.domain_tokens:
             if name not in self.catalogue.names:
                 raise UserError(f"data.domains lacks {name}, which the run has: a domain leaves by weight 0")
-        for name in self.catalogue.names:  # new ones join with the first mixture that gives them a weight
-            state.domain_tokens.setdefault(name, 0)
-            state.weights.setdefault(name, 0.0)
+        state.join(self.catalogue.names)
         state.content = self._content()
         loader.load_state_dict(state.loader)
         loader.set_weights(state.weights)
@@ -350,6 +354,7 @@ class Job:
             UserError: on every rank; it could not be written.
         """
         folder = self.run.export
+        self.world.enter("export", self.config.train.steps)
         failure = self.writer.write(
             folder,
             dtype=torch.float32,
@@ -381,4 +386,5 @@ class Job:
                 "numpy": numpy.__version__,
             },
         )
+        points.point("job.summary")
         write_record(self.run.summary_file, summary)

@@ -23,6 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from opmix_dist.distributed import World
 from opmix_dist.engines.base import Engine, owners
 from opmix_dist.exchange import files
+from opmix_dist.faults.points import point
 from opmix_dist.models.source import ModelSource
 
 log = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ class ModelWriter:
             self.source.save_config(writing.folder, writing.dtype)
             writing.extra(writing.folder)
             files.write_json(writing.folder / SAFE_WEIGHTS_INDEX_NAME, self._index(writing.dtype))
+            point("model.complete", detail=writing.folder.parent.name)
             files.mark_complete(writing.folder, writing.marker)
         except OSError as error:
             return str(error)
@@ -133,6 +135,7 @@ def _file(rank: int, ranks: int) -> str:
 
 def _make(folder: Path) -> str:
     try:
+        point("model.begin", detail=folder.parent.name)
         files.remove_folder(folder)
         folder.mkdir(parents=True)
     except OSError as error:
@@ -145,6 +148,7 @@ def _write(file: Path, tensors: dict[str, Tensor]) -> None:
     may be that of another node than the leader's."""
     if not tensors:
         return
+    point("model.write", detail=file.parent.parent.name)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
     with open(file, "rb") as written:
         os.fsync(written.fileno())

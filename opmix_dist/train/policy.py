@@ -18,6 +18,7 @@ from opmix_dist.distributed import World
 from opmix_dist.errors import UserError
 from opmix_dist.exchange.rundir import RunDir, SearchDir, write_record
 from opmix_dist.exchange.schemas import MixtureRecord, Proposal, SearchRequest, SearchStage, SearchStatus
+from opmix_dist.faults.points import point
 from opmix_dist.ledger import Ledger
 from opmix_dist.pool.requests import search_request
 from opmix_dist.pool.run_search import Searcher
@@ -202,6 +203,7 @@ class OpMixPolicy(MixturePolicy):
             return
         asked_at, self._asked_at, self._failure = self._asked_at, None, failure
         if self.around.world.is_leader and not failure:
+            point("search.request", step=asked_at.step)
             write_record(self.search.request_file, self._request(asked_at))
 
     def _answered(self) -> bool:

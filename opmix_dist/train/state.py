@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import Field
@@ -23,8 +24,16 @@ class TrainerState(Record):
     """:attr:`~opmix_dist.engines.base.Engine.layout` of the one that trained."""
     optimizer: str = "AdamW"
     """Whose state the checkpoint holds."""
+    recent_losses: list[float] = Field(default_factory=list)
+    """Of the last steps on this mixture, at most ``train.spike_window``: what a spike stands out from."""
     world_size: int = Field(ge=1)
     global_batch_size: int = Field(ge=1)
+
+    def join(self, names: Iterable[str]) -> None:
+        """Domains that are new: they join with the first mixture that gives them a weight."""
+        for name in names:
+            self.domain_tokens.setdefault(name, 0)
+            self.weights.setdefault(name, 0.0)
 
     @property
     def tokens(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +15,17 @@ from opmix_dist.data.caps import UsedUpError
 from opmix_dist.data.catalogue import Catalogue
 from opmix_dist.data.loader import EvalSet, LoadedBatch, MixtureLoader
 from opmix_dist.distributed import World
-from opmix_dist.engines.base import Engine, StepResult
+from opmix_dist.engines.base import BadStepError, Engine, StepResult
+from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, TrainLine
+from opmix_dist.faults.points import point
 from opmix_dist.ledger import Ledger
 from opmix_dist.models.loss import DomainLosses, losses_by_domain
 from opmix_dist.seeds import derive_seed
 from opmix_dist.stopping import StopRequested, StopSignals
+from opmix_dist.train.bad_steps import BadSteps
 from opmix_dist.train.callbacks import Callback
 from opmix_dist.train.checkpoint import Checkpointer
 from opmix_dist.train.policy import MixturePolicy
@@ -47,6 +51,8 @@ class Trainer:
     heldout: EvalSet
     policy: MixturePolicy
     callbacks: Sequence[Callback]
+    checkpointer: Checkpointer
+    bad_steps: BadSteps
     state: TrainerState
     recorded: dict[int, MixtureRecord]
     ledger: Ledger
@@ -60,6 +66,8 @@ class Trainer:
             peak_flops=self.ledger.peak_flops,
             memory_interval=self.config.train.log_interval_steps,
         )
+        self._entered: int | None = None
+        """The step whose boundary was crossed last."""
 
     def fit(self) -> EvalLine:
         """Train to ``train.steps``. Collective over the trainer ranks; returns the last evaluation.
@@ -67,6 +75,7 @@ class Trainer:
         Raises:
             StopRequested: somebody asked for it; the state is saved.
             UsedUpError: the data allow no further step; the state is saved.
+            UserError: a bad step, after which ``train.on_bad_step`` does not go on.
         """
         with self._closing():
             self.first_step = self.state.step
@@ -75,7 +84,7 @@ class Trainer:
             try:
                 while self.state.step < self.config.train.steps:
                     self.stop.stop_if_agreed(self.world)
-                    self._update_mixture()
+                    self._cross_boundary()
                     self._step()
             except (UsedUpError, StopRequested):
                 for callback in self.callbacks:
@@ -87,8 +96,26 @@ class Trainer:
                 callback.on_end(self)
             return last
 
+    def _cross_boundary(self) -> None:
+        """Before a step, once, though a bad batch makes another attempt at the step: where the data go on, if
+        the run went back to here, and their mixture."""
+        if self._entered == self.state.step:
+            return
+        self._entered = self.state.step
+        jump = self.bad_steps.jump(self.state.step)
+        if jump is not None and jump.loader is not None and jump.domain_tokens is not None:
+            self._place_loader(jump.loader)
+            self.state.domain_tokens |= jump.domain_tokens
+        self._update_mixture()
+
+    def _place_loader(self, state: dict[str, Any]) -> None:
+        self.loader.load_state_dict(state)
+        self.loader.set_weights(self.state.weights)
+
     def _step(self) -> None:
         line = self._train_step()
+        if line is None:
+            return
         interval = self.config.train.eval_interval_steps
         if interval and self.state.step % interval == 0:
             self.evaluate()
@@ -96,41 +123,107 @@ class Trainer:
             callback.on_step(self, line)
 
     def _update_mixture(self) -> None:
+        self.world.enter("mixture", self.state.step)
         record = self.policy.decide(self.state, self.recorded)
         if record is None:
             return
         if record.step not in self.recorded:
             self.recorded[record.step] = record
+            point("mixture.record", step=record.step)
             if self.world.is_leader:
                 files.append_jsonl(self.run.mixtures_file, record.model_dump())
+        point("mixture.switch", step=record.step)
         if record.changed:
             self.loader.set_weights(record.weights)
+            self.state.recent_losses = []  # another mixture has another loss
         # one that was recorded before a domain joined does not name it
         self.state.weights = {name: record.weights.get(name, 0.0) for name in self.catalogue.names}
         self.state.mixture_version = record.version
         self._announce("on_mixture", record)
 
-    def _train_step(self) -> TrainLine:
+    def _train_step(self) -> TrainLine | None:
+        """None: the batch was bad, or is known as such, and the step is still to be made."""
         step = self.state.step
+        point("train.step", step=step)
         # Models with dropout draw from a generator that depends on step and replica only: exact after a
         # resume, and the same on all ranks of a replica.
         torch.manual_seed(derive_seed(self.config.seed, "step", step, self.engine.replica.rank))
         lr = learning_rate(self.config.schedule, self.config.optimizer.lr, step, self.config.train.steps)
+        self.world.enter("reading data", step)
         with self._throughput.waiting_for_data():
             loaded = next(self.loader)
+        if loaded.number in self.bad_steps.left_out:
+            targets = loaded.batch.targets
+            nothing = self._by_domain(loaded, torch.zeros(len(targets)).double(), targets)
+            self._count_tokens(self.world.sum(nothing))
+            self.bad_steps.note_left_out()
+            return None
         microbatches = loaded.batch.split(self.config.train.micro_batch_size)
-        result = self.engine.train_step(microbatches, lr=lr)
+        self.world.enter("training", step)
+        limit = self.bad_steps.loss_limit(self.state.recent_losses)
+        try:
+            result = self.engine.train_step(microbatches, lr=lr, loss_limit=limit)
+        except BadStepError as error:
+            self._meet_bad_step(loaded, error)
+            return None
         sums, readings = self._gather(loaded, result)
-        return self._book(sums, readings, result.grad_norm, lr)
+        line = self._book(sums, readings, result.grad_norm, lr)
+        self.bad_steps.note_good(self.state, line.loss)
+        return line
+
+    def _meet_bad_step(self, loaded: LoadedBatch, error: BadStepError) -> None:
+        """Collective. Do as ``train.on_bad_step`` says.
+
+        Raises:
+            UserError: that is to stop.
+        """
+        self.world.enter("bad step", self.state.step)
+        sums = self.world.sum(self._by_domain(loaded, error.losses, error.targets))
+        self._count_tokens(sums)
+        self.state.loader = self.loader.state_dict()
+        checkpoint = None
+        if self.config.train.on_bad_step == "rollback":
+            self.checkpointer.wait()
+            checkpoint = self.checkpointer.newest()
+        record = self.bad_steps.decide(
+            error, self.state, loaded.number, self._mean_by_domain(sums), checkpoint
+        )
+        if record.action == "stop":
+            self.checkpointer.wait()
+            kept = max(self.run.complete_checkpoints(), default=None)
+            raise UserError(
+                f"step {record.step}: {record.reason}. Nothing of it was applied; a resume goes on from "
+                f"{'the beginning' if kept is None else f'step {kept}'}: set train.on_bad_step to skip or "
+                "rollback, or start another run with a lower optimizer.lr"
+            )
+        if record.checkpoint is not None:
+            self._go_back(record.checkpoint)
+
+    def _go_back(self, step: int) -> None:
+        """Collective. To a checkpoint; where the data go on, the boundary of its step tells."""
+        self.state = self.checkpointer.load(self.engine, step)
+        self.state.join(self.catalogue.names)
+        self._place_loader(self.state.loader)
+        self._last_evaluation = self._entered = None
+
+    def _by_domain(self, loaded: LoadedBatch, losses: Tensor, targets: Tensor) -> Tensor:
+        """Losses, targets and samples of each domain, [3, D] float64: what this rank has to a sum over all
+        ranks.
+
+        Args:
+            losses: [b] float64, of this replica's samples.
+            targets: [b] int64.
+        """
+        sums = torch.zeros(3, len(self.catalogue.names), dtype=torch.float64)
+        if self.engine.replica.counts:
+            rows = torch.stack([losses, targets.to(losses), torch.ones_like(losses)])  # [3, b]
+            sums.index_add_(1, loaded.domain_ids, rows)
+        return sums
 
     def _gather(self, loaded: LoadedBatch, result: StepResult) -> tuple[Tensor, Tensor]:
         """Losses, targets and samples of each domain, summed over the global batch, [3, D] float64, and every
         rank's readings [W, R], by one collective."""
-        losses = result.sample_losses
-        rows = torch.stack([losses, result.targets.to(losses), torch.ones_like(losses)])  # [3, b]
-        sums = torch.zeros(3, len(self.catalogue.names), dtype=torch.float64)
-        if self.engine.replica.counts:
-            sums.index_add_(1, loaded.domain_ids, rows)
+        sums = self._by_domain(loaded, result.sample_losses, result.targets)
         mine = self._throughput.readings(self.state.step + 1)
         readings = torch.zeros(self.world.size, len(mine), dtype=torch.float64)
         readings[self.world.rank] = mine
@@ -140,19 +233,15 @@ class Trainer:
     def _book(self, sums: Tensor, readings: Tensor, grad_norm: float, lr: float) -> TrainLine:
         """Advance the state by one step and describe it. Tokens are T for each sample, padding included: it
         is computed on too."""
-        losses, targets, samples = sums  # [D] each
-        length = self.catalogue.sequence_length
-        tokens = int(samples.sum()) * length
-        for name, count in zip(self.catalogue.names, samples.tolist(), strict=True):
-            self.state.domain_tokens[name] += int(count) * length
+        losses, targets, _ = sums  # [D] each
+        tokens = self._count_tokens(sums)
         self.state.step += 1
         seconds = self._throughput.lap()
         self.ledger.add("train", seconds=seconds, flops=tokens * self.engine.flops.train(), tokens=tokens)
-        by_domain = zip(self.catalogue.names, losses.tolist(), targets.tolist(), strict=True)
         return TrainLine(
             step=self.state.step,
             loss=float(losses.sum() / targets.sum()),
-            domain_loss={name: total / count for name, total, count in by_domain if count},
+            domain_loss=self._mean_by_domain(sums),
             grad_norm=grad_norm,
             lr=lr,
             tokens=self.state.tokens,
@@ -160,15 +249,30 @@ class Trainer:
             **self._throughput.describe(
                 readings,
                 tokens=tokens,
-                tokens_per_pass=self.config.train.micro_batch_size * length,
+                tokens_per_pass=self.config.train.micro_batch_size * self.catalogue.sequence_length,
                 seconds=seconds,
             ),
         )
+
+    def _count_tokens(self, sums: Tensor) -> int:
+        """Tokens of a global batch, which were read now. ``sums`` [3, D]: of :meth:`_by_domain`."""
+        length = self.catalogue.sequence_length
+        counts = [int(count) * length for count in sums[2].tolist()]
+        for name, count in zip(self.catalogue.names, counts, strict=True):
+            self.state.domain_tokens[name] += count
+        return sum(counts)
+
+    def _mean_by_domain(self, sums: Tensor) -> dict[str, float]:
+        """Nats per token of the domains in a global batch."""
+        by_domain = zip(self.catalogue.names, sums[0].tolist(), sums[1].tolist(), strict=True)
+        return {name: total / count for name, total, count in by_domain if count}
 
     def evaluate(self) -> EvalLine:
         """Collective. Mean held-out loss per domain, always on the same samples; once for each step."""
         if self._last_evaluation is not None and self._last_evaluation.step == self.state.step:
             return self._last_evaluation
+        self.world.enter("evaluation", self.state.step)
+        point("train.evaluate", step=self.state.step)
         found = self.losses_by_domain(self.heldout)
         line = EvalLine(
             step=self.state.step,
@@ -192,6 +296,7 @@ class Trainer:
 
     def save_checkpoint(self, checkpointer: Checkpointer) -> None:
         """Collective. What the steps have logged is on disk before it counts."""
+        self.world.enter("checkpoint", self.state.step)
         if self.world.is_leader:
             files.sync_file(self.run.train_file)
         self.state.loader = self.loader.state_dict()

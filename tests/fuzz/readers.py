@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +28,7 @@ from opmix_dist.engines.deepspeed_config import _user_settings
 from opmix_dist.exchange import files
 from opmix_dist.exchange.manifest import CheckpointMarker, FileDigest
 from opmix_dist.exchange.rundir import RunDir, read_record, write_record
-from opmix_dist.exchange.schemas import EvaluationPlan, Record, Stopped
+from opmix_dist.exchange.schemas import BadStep, EvaluationPlan, Record, Stopped
 from opmix_dist.fit.config import load_fit_config
 from opmix_dist.fit.tables import read_table
 from opmix_dist.mixture_command import read_mixture
@@ -91,6 +91,24 @@ def make_all(root: Path) -> None:
     _make_tables(root / "tables")
 
 
+Action = Literal["skip", "rollback"]
+ACTIONS: tuple[Action, ...] = ("skip", "rollback")
+
+
+def _bad_step(action: Action) -> BadStep:
+    place = {"checkpoint": 2, "loader": {"batches": 4}, "domain_tokens": {"web": 64}}
+    return BadStep(
+        kind="nan",
+        action=action,
+        step=3,
+        batch=3,
+        reason="the gradient norm is nan",
+        domain_loss={"web": None},
+        at="2026-01-01",
+        **(place if action == "rollback" else {}),
+    )
+
+
 def _make_run(path: Path) -> None:
     writer = RunWriter(path).mixture(0, UNIFORM, "initial mixture").mixture(20, UNIFORM, "search", "0001")
     writer.training(20).evaluation(10, [3.0, 2.0, 3.5]).evaluation(20, [2.9, 1.9, 3.4])
@@ -101,6 +119,8 @@ def _make_run(path: Path) -> None:
     )
     write_record(search.plan_file, plan)
     write_record(writer.run.stopped_file, Stopped(step=3, checkpoint=None, signal="SIGTERM", at="2026-01-01"))
+    for action in ACTIONS:
+        files.append_jsonl(writer.run.events_file, _bad_step(action).model_dump(mode="json"))
     kept = EvaluationFiles(search.evaluations, "identity", TARGETS)
     kept.write(U, Measured(kept.key(U), np.ones(5), None, None, 1.0))
     kept.path(kept.key(U)).rename(search.evaluations / "one.safetensors")
@@ -279,6 +299,7 @@ READERS = (
     Reader("evaluations", "run/metrics/eval.jsonl", lambda root: _run(root).eval_lines()),
     Reader("summary", "run/summary.json", lambda root: _run(root).summary()),
     Reader("stopped", "run/stopped.json", lambda root: _run(root).stopped()),
+    Reader("bad steps", "run/events.jsonl", lambda root: _run(root).bad_steps()),
     Reader("request", f"{SEARCH}/request.json", lambda root: _search(root).request()),
     Reader("status", f"{SEARCH}/status.json", lambda root: _search(root).status()),
     Reader("proposal", f"{SEARCH}/proposal.json", lambda root: _search(root).proposal()),

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from opmix_dist.config import EngineConfig, OptimizerConfig, RunConfig
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import World
-from opmix_dist.engines.base import Engine, Kind, Replica, StepResult
+from opmix_dist.engines.base import Engine, Kind, Replica, StepResult, loss_checks
 from opmix_dist.engines.held import HeldBytes, HeldCounter
 from opmix_dist.engines.megatron.cpu import cpu_in_place_of_cuda
 from opmix_dist.engines.megatron.loss import document_mask, parallel_sample_losses
@@ -151,7 +151,8 @@ class MegatronEngine(Engine):
             self.model.zero_grad_buffer()
             self.optimizer.zero_grad()
             losses = self._run(microbatches, forward_only=False)
-            self._require_finite(losses)
+            unapplied = StepResult(losses, targets, math.nan)
+            self._require_good(unapplied, self.sum(loss_checks(losses)), total)
             self.optimizer.prepare_grads()
             grad_norm = float(self.optimizer.clip_grad_norm(self.max_grad_norm))
             if math.isfinite(grad_norm):

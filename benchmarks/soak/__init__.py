@@ -1,0 +1,1 @@
+"""Random faults in real jobs, and whether these end as if nothing had been. See docs/faults.md."""
