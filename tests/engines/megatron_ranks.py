@@ -27,7 +27,20 @@ from opmix_dist.models.source import ModelSource
 from opmix_dist.process import end_process
 from opmix_dist.train.checkpoint import Checkpointer
 from opmix_dist.train.model_writer import ModelWriter
-from tests.engines.ranks import BATCH, LENGTH, LR, MICRO, SAVED, STEPS, heldout, raised, report, saved, train
+from tests.engines.ranks import (
+    BATCH,
+    LENGTH,
+    LR,
+    MICRO,
+    SAVED,
+    SPIKE,
+    STEPS,
+    heldout,
+    raised,
+    report,
+    saved,
+    train,
+)
 from tests.helpers import random_batch, tiny_llama_config, uneven_batch
 
 SIZES = {
@@ -191,8 +204,8 @@ def passed_on(world: World, out: Path) -> list[list[float]]:
 
 
 def non_finite(world: World, megatron: dict[str, Any]) -> dict[str, Any]:
-    """A step, then one with a NaN in one number of one rank: all ranks raise, and none changes its
-    parameters. Then the number is as it was, and a step more."""
+    """A step, then one with a NaN in one number of one rank, and with the number as it was one whose loss is
+    above the limit: all ranks raise, and none changes its parameters. Then a step more."""
     engine = build(world, "llama", {"megatron": megatron})
     train(engine, 0, 1)
     before = whole(engine)
@@ -200,12 +213,14 @@ def non_finite(world: World, megatron: dict[str, Any]) -> dict[str, Any]:
     number = numbers[0].item()
     if world.rank == 0:
         numbers[0] = float("nan")
-    error = raised(engine, uneven_batch(0, MICRO * engine.replica.size, LENGTH))
+    batch = uneven_batch(0, MICRO * engine.replica.size, LENGTH)
+    errors = [raised(engine, batch)]
     numbers[0] = number
+    errors.append(raised(engine, batch, loss_limit=SPIKE))
     after = whole(engine)
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     steps = engine.optimizer_steps
-    return {"error": error, "moved": moved, "steps": steps, "next": train(engine, 1, 2)}
+    return {"errors": errors, "moved": moved, "steps": steps, "next": train(engine, 1, 2)}
 
 
 def whole(engine: Engine) -> dict[str, Tensor]:

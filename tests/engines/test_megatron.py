@@ -134,11 +134,13 @@ def test_exports_are_in_parts_of_all_ranks_and_load_with_transformers(out: Path)
 
 
 @pytest.mark.launch
-def test_a_nan_on_one_rank_stops_all_and_changes_nothing(out: Path, single: dict[str, Any]) -> None:
+def test_a_nan_on_one_rank_or_a_spike_stops_all_and_changes_nothing(
+    out: Path, single: dict[str, Any]
+) -> None:
     for rank in range(2):
         for outcome in read(out, f"raised_{rank}"):
             assert_same_steps(outcome.pop("next"), single["llama"]["steps"][1:2])
-            assert outcome == {"error": "NonFiniteError", "moved": [], "steps": 1}
+            assert outcome == {"errors": ["NonFiniteError", "LossSpikeError"], "moved": [], "steps": 1}
 
 
 def test_parts_of_merged_matrices_are_the_rows_of_their_heads() -> None:
