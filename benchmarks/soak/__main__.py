@@ -86,7 +86,8 @@ def _write(done: Sequence[dict[str, Any]], seed: int, out: Path) -> None:
         "# Faults on purpose\n",
         f"`python -m benchmarks.soak --seed {seed}` ({machine}): {_count(done)} faults in {len(done)} "
         f"episodes, {sum(len(one['starts']) for one in done)} launches. A fault is survived when its job has "
-        "ended with the decisions, data, losses and weights of the job without faults, bit for bit. "
+        "ended with the decisions, data, losses and weights of the job without faults, bit for bit; where "
+        "an error failed the search, those of a job without one; where a batch was left out, up to there. "
         f"{_hung(done)} launches hung until the soak ended them: those that a job cannot notice itself.\n",
         _table(done, "phase"),
         "",
