@@ -86,7 +86,9 @@ def _write(done: Sequence[dict[str, Any]], seed: int, out: Path) -> None:
         "# Faults on purpose\n",
         f"`python -m benchmarks.soak --seed {seed}` ({machine}): {_count(done)} faults in {len(done)} "
         f"episodes, {sum(len(one['starts']) for one in done)} launches. A fault is survived when its job has "
-        "ended with the decisions, data, losses and weights of the job without faults, bit for bit.\n",
+        "ended with the decisions, data, losses and weights of the job without faults, bit for bit; where "
+        "an error failed the search, those of a job without one; where a batch was left out, up to there. "
+        f"{_hung(done)} launches hung until the soak ended them: those that a job cannot notice itself.\n",
         _table(done, "phase"),
         "",
         _table(done, "kind"),
@@ -98,6 +100,10 @@ def _write(done: Sequence[dict[str, Any]], seed: int, out: Path) -> None:
         ),
     ]
     (out / "soak.md").write_text("\n".join(text).rstrip() + "\n")
+
+
+def _hung(done: Sequence[dict[str, Any]]) -> int:
+    return sum(start["killed_as_hung"] for one in done for start in one["starts"])
 
 
 def _count(done: Sequence[dict[str, Any]]) -> int:

@@ -65,6 +65,7 @@ def _answer_all(run: RunDir, config: RunConfig, world: World, searcher: Searcher
         if name:
             world.enter(f"search {name}")
             searcher.answer(run.search(name))
+            world.enter("waiting for a request")
         else:
             time.sleep(config.pool.poll_interval_s)
         heart.beat()

@@ -31,6 +31,7 @@ from tests.engines.ranks import (
     MICRO,
     MODELS,
     SAVED,
+    SPIKE,
     fresh,
     heldout,
     raised,
@@ -175,8 +176,8 @@ def continue_all(world: World, out: Path) -> None:
 
 
 def non_finite(world: World, config: dict[str, Any]) -> dict[str, Any]:
-    """A NaN in a sample's loss on one rank, in a micro-batch before the last: all ranks raise, and nothing
-    is changed; the next step is as if nothing had been."""
+    """A NaN in a sample's loss on one rank, in a micro-batch before the last, and a loss above the limit: all
+    ranks raise, and nothing is changed; the next step is as if nothing had been."""
     engine, untouched = (build(world, fresh("llama"), config) for _ in range(2))
     for one in (engine, untouched):
         train(one, 0, 1)
@@ -192,6 +193,7 @@ def non_finite(world: World, config: dict[str, Any]) -> dict[str, Any]:
     engine._losses = broken  # type: ignore[method-assign]
     errors = [raised(engine, dataclasses.replace(batch, loss_mask=torch.ones_like(batch.loss_mask)))]
     engine._losses = losses  # type: ignore[method-assign]
+    errors.append(raised(engine, batch, loss_limit=SPIKE))
     moved = [key for key, tensor in whole(engine).items() if not torch.equal(tensor, before[key])]
     steps = engine.optimizer_steps
     after, expected = train(engine, 1, 3), train(untouched, 1, 3)

@@ -17,14 +17,14 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 from opmix_dist.config import EngineConfig, OptimizerConfig
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import Placement, World
-from opmix_dist.engines.base import KINDS, Engine, NonFiniteError
+from opmix_dist.engines.base import KINDS, BadStepError, Engine
 from opmix_dist.engines.build import ENGINES
 from opmix_dist.engines.megatron import MegatronEngine
 from opmix_dist.engines.megatron.cpu import cpu_in_place_of_cuda
 from opmix_dist.models.source import ModelSource
 from opmix_dist.process import end_process
 from opmix_dist.train.model_writer import ModelWriter
-from tests.engines.ranks import BATCH, LENGTH, LR, MICRO, STEPS, heldout, report, train
+from tests.engines.ranks import BATCH, LENGTH, LR, MICRO, SPIKE, STEPS, heldout, report, train
 from tests.helpers import random_batch, tiny_llama_config, uneven_batch
 
 SIZES = {
@@ -144,9 +144,9 @@ def logits(engine: Engine, batch: TokenBatch) -> Tensor | None:
 
 
 def non_finite(world: World, megatron: dict[str, Any]) -> dict[str, Any]:
-    """A step, then one with a NaN in one number of one rank, and one whose losses are finite and one gradient
-    of one rank is not: all ranks raise, and none changes its parameters. Then a step more, as if nothing had
-    been."""
+    """A step, then one with a NaN in one number of one rank, one whose losses are finite and one gradient of
+    one rank is not, and one whose loss is above the limit: all ranks raise, and none changes its parameters.
+    Then a step more, as if nothing had been."""
     engine = build(world, "llama", {"megatron": megatron})
     train(engine, 0, 1)
     before = whole(engine)
@@ -161,17 +161,18 @@ def non_finite(world: World, megatron: dict[str, Any]) -> dict[str, Any]:
     hook = parameter.register_hook(lambda gradient: gradient * (1.0 if world.rank else float("nan")))
     messages.append(raised_message(engine, batch))
     hook.remove()
+    messages.append(raised_message(engine, batch, loss_limit=SPIKE))
     after = whole(engine)
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     steps = engine.optimizer_steps
     return {"messages": messages, "moved": moved, "steps": steps, "next": train(engine, 1, 2)}
 
 
-def raised_message(engine: Engine, batch: TokenBatch) -> str:
-    """Of the NonFiniteError that a step on ``batch`` ends in."""
+def raised_message(engine: Engine, batch: TokenBatch, **options: float) -> str:
+    """Of the error that a step on ``batch`` ends in."""
     try:
-        engine.train_step(batch.split(MICRO), lr=LR)
-    except NonFiniteError as error:
+        engine.train_step(batch.split(MICRO), lr=LR, **options)
+    except BadStepError as error:
         return str(error)
     return ""
 

@@ -173,22 +173,27 @@ def resumed(world: World, run: Path, config: dict[str, Any]) -> list[list[float]
     return train(engine, state.step, 2 * SAVED)
 
 
-def raised(engine: Engine, batch: TokenBatch) -> str:
+SPIKE = 1.0
+"""A limit that is below every loss of an untrained model, in nats per token."""
+
+
+def raised(engine: Engine, batch: TokenBatch, **options: float) -> str:
     """Class of the error that a step on ``batch`` ends in."""
     try:
-        engine.train_step(batch.split(MICRO), lr=LR)
+        engine.train_step(batch.split(MICRO), lr=LR, **options)
     except Exception as error:
         return type(error).__name__
     return ""
 
 
 def non_finite(world: World) -> dict[str, Any]:
-    """A batch without targets, then a NaN on one rank: all ranks raise, and none changes its parameters."""
+    """A batch without targets, a loss above the limit, a NaN on one rank: all ranks raise, and none changes
+    its parameters."""
     engine = build(world, fresh("llama"), {})
     before = whole(engine)
     batch = uneven_batch(0, BATCH // world.size, LENGTH)
     empty = dataclasses.replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))
-    errors = [raised(engine, empty)]
+    errors = [raised(engine, empty), raised(engine, batch, loss_limit=SPIKE)]
     if world.rank == 0:
         engine.model.model.norm.weight.to_local().data.view(-1)[0] = float("nan")
     errors.append(raised(engine, batch))

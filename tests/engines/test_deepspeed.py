@@ -108,10 +108,10 @@ def test_other_sizes_stages_and_engines_continue(out: Path, ranks: int) -> None:
 
 @pytest.mark.launch
 @pytest.mark.parametrize("case", RAISING)
-def test_nan_on_one_rank_stops_all_and_changes_nothing(out: Path, case: str) -> None:
+def test_nan_on_one_rank_or_a_spike_stops_all_and_changes_nothing(out: Path, case: str) -> None:
     for rank in range(TRAINERS):
         found = read(out, f"raised_{rank}")[case]
-        assert found["errors"] == ["NonFiniteError"]
+        assert found["errors"] == ["NonFiniteError", "LossSpikeError"]
         assert found["moved"] == []
         assert found["steps"] == 1
         assert found["after"] == found["expected"]

@@ -112,13 +112,16 @@ def test_exports_are_in_parts_of_all_ranks_and_load_with_transformers(out: Path)
 
 
 @pytest.mark.launch
-def test_a_nan_on_one_rank_stops_all_and_changes_nothing(out: Path, single: dict[str, Any]) -> None:
+def test_a_nan_on_one_rank_or_a_spike_stops_all_and_changes_nothing(
+    out: Path, single: dict[str, Any]
+) -> None:
     for rank in range(2):
         for outcome in read(out, f"raised_{rank}"):
             assert_same_steps(outcome.pop("next"), single["llama"]["steps"][1:2])
-            of_losses, of_gradients = outcome.pop("messages")
+            of_losses, of_gradients, of_spike = outcome.pop("messages")
             assert "have a NaN or inf loss" in of_losses
             assert of_gradients == "the gradient norm is nan"
+            assert "above the limit of 1.0000" in of_spike
             assert outcome == {"moved": [], "steps": 1}
 
 
