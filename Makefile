@@ -42,7 +42,7 @@ demo-single demo-fsdp demo-deepspeed demo-megatron: demo-%: setup ## a whole OP-
 
 .PHONY: demo-engines
 demo-engines: $(DEMOS) ## the same job under each engine, and their tables side by side
-	$(BIN)/opmix compare $(DEMOS:demo-%=$${RUNS:-runs/demo_engines}/%)
+	COLUMNS=160 $(BIN)/opmix compare $(DEMOS:demo-%=$${RUNS:-runs/demo_engines}/%)
 
 .PHONY: resume-matrix
 resume-matrix: setup ## every engine continues every other's checkpoint; writes benchmarks/results/resume_matrix.md

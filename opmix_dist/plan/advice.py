@@ -95,7 +95,7 @@ def _search(question: Question, search: SearchPlan) -> Iterator[str]:
     chosen = search.chosen
     if chosen.in_time:
         return
-    enough = [choice for choice in search.choices if choice.place == "pool" and choice.in_time]
+    enough = [choice for choice in search.choices if choice.in_time and choice.place == "pool"]
     what = "training waits for it" if config.search.mode == "sync" else "the mixture changes that much later"
     end = f"a pool of {enough[0].ranks} would do" if enough else "no pool here is large enough"
     yield (

@@ -30,6 +30,10 @@ BUCKET, PREFETCH, LIVE, PERSISTENT = 500_000_000, 50_000_000, 1_000_000_000, 100
 """DeepSpeed's defaults, in numbers: reduce_bucket_size, stage3_prefetch_bucket_size,
 stage3_max_live_parameters, stage3_param_persistence_threshold."""
 
+QUERY_COPIES = 4
+"""Tensors of the queries' size that a block of Megatron's keeps beyond those of a Hugging Face block: as
+counted in tests/plan/test_ranks.py, of plain torch's layers on a CPU."""
+
 
 def deepspeed_held(shapes: Sequence[torch.Size], config: EngineConfig, ranks: int) -> HeldBytes:
     """As ``DeepSpeedEngine.held_bytes``; padding aside."""
@@ -69,11 +73,9 @@ def deepspeed_buffers(shapes: Sequence[torch.Size], config: EngineConfig) -> int
     return int(found)
 
 
-def megatron_rank_config(
-    hf: PretrainedConfig, config: EngineConfig, *, first: bool = True, last: bool = True
-) -> PretrainedConfig:
-    """A model of the sizes that a rank of the first or the last stage has, by Hugging Face's names. Its
-    embedding and head are there only where the stage has them (:func:`megatron_parameters`)."""
+def megatron_rank_config(hf: PretrainedConfig, config: EngineConfig) -> PretrainedConfig:
+    """A model of the sizes that a rank has of its stage, with embedding and head, which are on the first and
+    the last one."""
     settings, found = config.megatron, copy.deepcopy(hf)
     tensor, stages = settings.tensor_parallel, settings.pipeline_parallel
     each = tensor * settings.vocab_multiple
@@ -159,17 +161,33 @@ def megatron_memory(
     micro_batches: int,
 ) -> RankMemory:
     """Held by the stage that has most; activations of the first stage, which keeps those of a micro-batch for
-    each stage before the first backward pass (1F1B), and of the last one's logits. ``sequence_parallel``,
-    which divides norms and the residual stream, lowers them further."""
+    each stage before its first backward pass (1F1B), or of the last one with the logits. What
+    ``sequence_parallel`` divides, norms and the residual stream, counts whole."""
+    from opmix_dist.engines.megatron.support import FAMILIES  # needs the package
+
     settings, hf = config.megatron, source.hf_config
-    if hf.model_type not in ("llama", "mistral", "qwen2", "qwen3"):
+    if hf.model_type not in FAMILIES:
         raise UserError(f"engine.name megatron does not train {hf.model_type}: set it to fsdp")
-    mine = ModelSource(megatron_rank_config(hf, config), attention=source.attention)
-    peak, kept = activation_bytes(
-        mine, config, sequence_length=sequence_length, micro_batch_size=micro_batch_size
-    )
+    mine = megatron_rank_config(hf, config)
+    whole = config.model_copy(update={"logits_memory": None})
+
+    def passes(vocabulary: int) -> tuple[int, int]:
+        sizes = copy.deepcopy(mine)
+        sizes.vocab_size = vocabulary
+        part = ModelSource(sizes, attention=source.attention)
+        return activation_bytes(
+            part, whole, sequence_length=sequence_length, micro_batch_size=micro_batch_size
+        )
+
+    each = QUERY_COPIES * mine.num_attention_heads * mine.head_dim * DTYPES[config.param_dtype].itemsize
+    blocks = 1 if config.activation_checkpointing == "full" else mine.num_hidden_layers
+    more = each * blocks * micro_batch_size * sequence_length
+    peak, kept = passes(mine.vocab_size)
     waiting = min(settings.pipeline_parallel, micro_batches) - 1
-    return _together(megatron_held(hf, config, ranks), peak + waiting * kept, kept)
+    if waiting:
+        first, kept = passes(1)
+        peak = max(peak, first + waiting * (kept + more))
+    return _together(megatron_held(hf, config, ranks), peak + more, kept)
 
 
 def _together(held: HeldBytes, peak: int, kept: int) -> RankMemory:

@@ -6,11 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from opmix_dist.config import RunConfig
+from opmix_dist.errors import UserError
 from opmix_dist.models.flops import FlopCounts
 from opmix_dist.plan.question import Question
 from opmix_dist.plan.searching import CandidateMemory, groups_of_probes
 from opmix_dist.pool.candidates import Method
 from opmix_dist.pool.team import Crew, Team
+from opmix_dist.train.job import require_divisible
 
 
 @dataclass(frozen=True)
@@ -146,9 +149,11 @@ Place = Literal["inline", "pool"]
 class PoolChoice:
     """Searching on so many ranks.
 
-    step_seconds: of training beside it, on the ranks that are left. interval_share: of the training that
-    is left after the request, how much the search takes. lost_gpu_hours: of ranks that wait for it, trainers
-    with ``search.mode`` sync, or all that the pool's ranks could have trained meanwhile and do not.
+    interval_share: of the time that training takes after the request, how much the search takes.
+    total_seconds: of the whole run, with the search where training waits for it.
+    waiting_gpu_hours: of trainers that wait for the search, and of the pool's ranks before and after it.
+    batch_divides: whether the trainers that are left can share the global batch as it is.
+    in_time: the search is done within the share that was asked for.
     """
 
     place: Place
@@ -156,10 +161,9 @@ class PoolChoice:
     search: SearchTime
     interval_share: float
     total_seconds: float
-    """Of the whole run, with the search where training waits for it."""
     total_gpu_hours: float
     waiting_gpu_hours: float
-    """Of trainers that wait for the search, and of the pool's ranks before and after it."""
+    batch_divides: bool
     in_time: bool
 
 
@@ -196,10 +200,19 @@ def pool_choices(
                 total_seconds=total,
                 total_gpu_hours=(trainers + ranks) * total / 3600,
                 waiting_gpu_hours=waiting / 3600,
+                batch_divides=_divides(config, trainers),
                 in_time=interval <= question.due_within,
             )
         )
     return found
+
+
+def _divides(config: RunConfig, trainers: int) -> bool:
+    try:
+        require_divisible(config, trainers)
+    except UserError:
+        return False
+    return True
 
 
 def _pool_sizes(question: Question) -> Iterator[int]:

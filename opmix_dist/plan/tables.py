@@ -142,6 +142,7 @@ def _choices(question: Question, search: SearchPlan) -> Table:
         "GPU-hours",
         "of them waiting",
         f"within {share(question.due_within)}",
+        "global batch",
     )
     for choice in search.choices:
         table.add_row(
@@ -153,6 +154,7 @@ def _choices(question: Question, search: SearchPlan) -> Table:
             hours(choice.total_gpu_hours),
             hours(choice.waiting_gpu_hours),
             "yes" if choice.in_time else "no",
+            "divides" if choice.batch_divides else "does not divide",
             style="bold" if choice == search.chosen else None,
         )
     return table

@@ -1,0 +1,120 @@
+"""``opmix plan`` as a user calls it: published models, changed settings, warnings, mistakes; its page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from opmix_dist.cli import main
+from tests.helpers import ROOT
+from tests.pages import compare_shown, read_blocks, run_blocks
+from tests.plan.test_memory import run_config
+
+QWEN = {
+    "model_type": "qwen2", "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864,
+    "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+TINY = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+SIZES = ("--domains", "3", "--sequence-length", "32")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    found = run_config(model={"config": TINY}, train__global_batch_size=32, data__root="nowhere")
+    path.write_text(yaml.safe_dump(found.model_dump(mode="json")))
+    return path
+
+
+def planned(capsys: pytest.CaptureFixture[str], config: Path, *arguments: str) -> dict[str, Any]:
+    assert main(["plan", str(config), "--gpu", "h100", *SIZES, "--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def refused(capsys: pytest.CaptureFixture[str], config: Path, *arguments: str) -> str:
+    assert main(["plan", str(config), *arguments]) == 2
+    return capsys.readouterr().err
+
+
+def test_a_published_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Qwen2 0.5B has 494,032,768 parameters, 16 bytes each of them in float32 with AdamW."""
+    path = tmp_path / "qwen.yaml"
+    found = run_config(model={"config": QWEN}, train__global_batch_size=32, mixture__policy="static")
+    path.write_text(yaml.safe_dump(found.model_dump(mode="json")))
+    plan = planned(capsys, path, "--gpus-per-node", "1", "--engine.name", "single")
+    assert plan["parameters"]["total"] == 494_032_768
+    memory = plan["memory"]
+    assert memory["parameters"] + memory["gradients"] + memory["optimizer"] == 16 * 494_032_768
+    assert plan["search"] is None
+    # 6 FLOPs for each weight but those of the norms; the tied table multiplies once; 12 L d T for attention
+    norms, biases = (2 * 24 + 1) * 896, 24 * (896 + 2 * 128)
+    per_token = 6 * (494_032_768 - norms - biases) + 12 * 24 * 896 * 32
+    assert plan["flops"]["train"] == per_token
+    training = plan["phases"][0]
+    assert training["flops"] == 10 * 32 * 32 * per_token
+    # float32 products, which torch does not do in tf32 unless it is told to
+    assert training["gpu_hours"] == pytest.approx(training["flops"] / (67e12 * 0.4) / 3600)
+
+
+def test_settings_and_sizes(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(
+        capsys, config, "--vocab-size", "64", "--pool-ranks", "4", "--engine.param_dtype", "bfloat16"
+    )
+    assert plan["asked"]["trainers"] == 4
+    assert plan["search"]["chosen"]["ranks"] == 4
+    assert plan["search"]["components"] == 4
+    assert plan["peak_flops"] == 989.5e12
+    assert len(plan["warnings"]) == 2, "two micro-batches, and a search that is late"
+    assert "the search takes" in plan["warnings"][1]
+    inline = planned(capsys, config, "--vocab-size", "64")
+    assert (inline["asked"]["trainers"], inline["search"]["chosen"]["place"]) == (8, "inline")
+    assert inline["search"]["resident"] == inline["memory"]["parameters"] + inline["memory"]["optimizer"]
+    for phase in plan["phases"][:2]:
+        assert phase["ranks"] == 4
+
+
+def test_what_does_not_fit(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """320,000 tokens of 32 numbers are little, their 300,000 logits each are not."""
+    vocabulary = ("--vocab-size", "300000", "--engine.logits_memory", "null", "--mixture.policy", "static")
+    length = ("--sequence-length", "80000", "--model.config.max_position_embeddings", "80000")
+    (training,) = planned(capsys, config, *vocabulary, *length)["warnings"]
+    assert training.startswith("training does not fit: a rank needs ")
+    assert "engine.activation_checkpointing full" in training
+
+
+def test_whole_gradients_between_micro_batches(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(capsys, config, "--vocab-size", "64", "--train.global_batch_size", "64")
+    assert any("a step has 2 micro-batches" in w and "micro_batch_size 8" in w for w in plan["warnings"])
+
+
+def test_tables(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(config), "--gpu", "h100", *SIZES, "--vocab-size", "64"]) == 0
+    shown = capsys.readouterr().out
+    for text in ("training", "probes", "candidates", "inline", "GPU-hours", "a step takes"):
+        assert text in shown
+
+
+def test_mistakes(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = (*SIZES, "--vocab-size", "64")
+    assert "choose one of a100" in refused(capsys, config, "--gpu", "h1", *size)
+    assert "--vocab-size" in refused(capsys, config, "--gpu", "h100", *SIZES)
+    assert "give --domains and --sequence-length" in refused(capsys, config, "--gpu", "h100")
+    assert "--mfu 40" in refused(capsys, config, "--gpu", "h100", "--mfu", "40", *size)
+    assert "multiple" in refused(capsys, config, "--gpu", "h100", "--nodes", "3", *size)
+    assert "leaves no trainer" in refused(capsys, config, "--gpu", "h100", "--pool-ranks", "8", *size)
+    few = ("--gpu", "a100", "--engine.float8", "true", *size)
+    assert "has no float8 products" in refused(capsys, config, *few)
+
+
+@pytest.mark.launch  # takes a core for half a minute
+def test_the_page_shows_what_the_command_prints() -> None:
+    blocks = read_blocks((ROOT / "docs" / "plan.md").read_text())
+    run_blocks(blocks, ROOT)
+    assert compare_shown(blocks) > 40
