@@ -98,6 +98,7 @@ class Engine(ABC):
     flops: FlopCounts
     shapes: dict[str, torch.Size]
     hf_config: PretrainedConfig
+    _loss_limit: float = math.inf
 
     @classmethod  # noqa: B027  (most engines have nothing to check)
     def check(cls, config: RunConfig, ranks: int) -> None:

@@ -13,7 +13,7 @@ from opmix_dist.plan.question import Question
 from opmix_dist.plan.searching import CandidateMemory, groups_of_probes
 from opmix_dist.pool.candidates import Method
 from opmix_dist.pool.team import Crew, Team
-from opmix_dist.train.job import require_divisible
+from opmix_dist.train.ranks import check_ranks
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def pool_choices(
 
 def _divides(config: RunConfig, trainers: int) -> bool:
     try:
-        require_divisible(config, trainers)
+        check_ranks(config, trainers)
     except UserError:
         return False
     return True
