@@ -38,6 +38,7 @@ def timings(ratio: float, mfu: float) -> Timings:
 def measured_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """In this process; what a row's own process may leave behind is put back."""
     monkeypatch.setattr(torch, "compile", torch.compile)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)  # DeepSpeed sets it, and HF's Trainer would join a launch
     precision = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(precision)

@@ -514,7 +514,7 @@ def change_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> No
         ),
         (lambda shard: shard.update(format="json"), "format` is 'json'"),
         (lambda shard: shard.update(column_sizes=[]), "not equally many"),
-        (lambda shard: shard["raw_data"].update(bytes=7), "of 7 bytes are there"),
+        (lambda shard: shard["raw_data"].update(bytes=7), "bytes are there, and 7 were written"),
         (lambda shard: shard.update(samples=10**9), "does not fit its index.json"),
         (lambda shard: shard.update(samples=2), "its table of samples is damaged"),
         (

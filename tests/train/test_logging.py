@@ -38,7 +38,7 @@ def test_no_step_waits_for_the_disk_but_a_checkpoint_has_all_lines(
     run = RunDir(tmp_path)
     trainer: Any = SimpleNamespace(
         run=run,
-        world=SimpleNamespace(is_leader=True),
+        world=SimpleNamespace(is_leader=True, enter=lambda phase, step: None),
         loader=SimpleNamespace(state_dict=dict),
         ledger=Ledger(1),
         state=SimpleNamespace(step=0),
