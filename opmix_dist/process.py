@@ -17,15 +17,19 @@ log = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int | None = None) -> None:
     """Ask Linux to kill this process when its parent dies.
 
     A launcher that is killed with -9 cannot take its ranks along; orphans would go on writing into the run
     directory while the restarted job writes there too.
+
+    Args:
+        parent: its process number, where it has told it: it may have died while this process was starting.
     """
     if sys.platform != "linux":
         return
-    parent = os.getppid()
+    if parent is None:
+        parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before we asked
         os.kill(os.getpid(), signal.SIGKILL)

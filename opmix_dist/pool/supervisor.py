@@ -90,7 +90,7 @@ class Supervisor:
         environment = os.environ | own
         if self.config.pool.threads:
             environment["OMP_NUM_THREADS"] = str(self.config.pool.threads)
-        place = [str(self.placement.rank), str(self.placement.size)]
+        place = [str(self.placement.rank), str(self.placement.size), str(os.getpid())]
         child = subprocess.Popen(
             [sys.executable, "-m", "opmix_dist.pool.worker", *place],
             env=environment,

@@ -80,16 +80,16 @@ def _next(run: RunDir) -> str:
 
 
 def main() -> None:
-    """``python -m opmix_dist.pool.worker RANK SIZE``, the configuration on standard input: started by the
-    supervisor."""
+    """``python -m opmix_dist.pool.worker RANK SIZE SUPERVISOR``, the last its process number, the
+    configuration on standard input: started by the supervisor."""
     from opmix_dist.faults import points
     from opmix_dist.logs import set_up_logging
     from opmix_dist.pool.errors import BrokenTeamError
     from opmix_dist.process import die_with_parent, end_process, leave_stopping_to_parent
 
-    die_with_parent()
+    rank, size, supervisor = map(int, sys.argv[1:])
+    die_with_parent(supervisor)
     leave_stopping_to_parent()
-    rank, size = int(sys.argv[1]), int(sys.argv[2])
     set_up_logging(f"pool {rank}")
     points.install("pool", rank)
     config = check_config(yaml.safe_load(sys.stdin.read()))
