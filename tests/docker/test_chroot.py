@@ -14,9 +14,9 @@ from scripts.dockerfile import DockerfileError
 DOCKERFILE = """\
 FROM debian:bookworm-slim AS base
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
-WORKDIR /work
-ENV NAME="a b" PATH=/work/bin:$PATH
-COPY one.txt folder /work/in/
+WORKDIR /srv/app
+ENV NAME="a b" PATH=/srv/app/bin:$PATH
+COPY one.txt folder /srv/app/in/
 COPY folder copy
 RUN if touch /usr/of_the_machine; then false; fi
 RUN id -u > user; echo "$NAME" > name; echo "$PATH" > path; pwd > directory
@@ -68,11 +68,13 @@ def test_steps_run_as_the_dockerfile_says(builder: Builder) -> None:
     def said(path: str) -> str:
         return (root / path).read_text().strip()
 
-    assert [said(f"work/{name}") for name in ("user", "name", "directory")] == ["0", "a b", "/work"]
-    assert said("work/path").startswith("/work/bin:/usr/local/sbin:")
+    assert [said(f"srv/app/{name}") for name in ("user", "name", "directory")] == ["0", "a b", "/srv/app"]
+    assert said("srv/app/path").startswith("/srv/app/bin:/usr/local/sbin:")
     assert [said(f"tmp/{name}") for name in ("user", "home")] == ["1234", "/home/somebody"]
-    assert said("tmp/directory") == "/work/deeper"
-    copied = sorted(str(path.relative_to(root / "work")) for path in (root / "work").rglob("*.txt"))
+    assert said("tmp/directory") == "/srv/app/deeper"
+    copied = sorted(
+        str(path.relative_to(root / "srv" / "app")) for path in (root / "srv" / "app").rglob("*.txt")
+    )
     assert copied == [
         "copy/sub/three.txt",
         "copy/two.txt",
