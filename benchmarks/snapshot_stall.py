@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def measure(world: World, work: Work, settings: dict[str, Any], rounds: int, fol
         steps += [timed(world, lambda: train(engine, work)) for _ in range(3)]
         start = time.perf_counter()
         target = folder / f"step_{number}"
-        stalls.append(timed(world, lambda: writer.begin(target, dtype=torch.float32, marker={})))  # noqa: B023
+        stalls.append(timed(world, partial(writer.begin, target, dtype=torch.float32, marker={})))
         while True:
             writing.append(timed(world, lambda: train(engine, work)))
             failure = writer.poll()
