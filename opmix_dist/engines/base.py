@@ -99,6 +99,7 @@ class Engine(ABC):
     shapes: dict[str, torch.Size]
     hf_config: PretrainedConfig
     _loss_limit: float = math.inf
+    """Of the step under way, nats per target."""
 
     @classmethod  # noqa: B027  (most engines have nothing to check)
     def check(cls, config: RunConfig, ranks: int) -> None:
