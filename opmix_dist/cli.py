@@ -137,6 +137,12 @@ def _add_prepare(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     sources.add_argument("--chat-domain", **domain, type=_Chat, help="the same for rows of chats")
     sources.add_argument("--builtin", action="store_true", help="domains from this installation's own files")
+    sources.add_argument(
+        "--builtin-chat",
+        action="append",
+        metavar="NAME",
+        help="also `tools` or `answers`: chats made from the standard library, with tasks.jsonl; repeatable",
+    )
     sources.add_argument("--builtin-max-bytes", type=int, help="text in each built-in domain, bytes")
     sources.add_argument("--text-field", help="JSON field or column with the text (default: text)")
     sources.add_argument("--messages-field", help="the same for a chat's messages (default: messages)")

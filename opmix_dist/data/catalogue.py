@@ -40,6 +40,8 @@ TOKENIZER = "tokenizer"
 DOMAIN_FILE = "domain.json"
 SOURCES_FILE = "sources.jsonl"
 DIGESTS_FILE = "digests.bin"
+TASKS_FILE = "tasks.jsonl"
+"""Of domains that have tasks: how replies to the held-out conversations are scored."""
 MAX_DOMAIN_FILE_BYTES = 1 << 20
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 MAX_TOKENIZER_FILE_BYTES = 256 << 20

@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.console import Console
 
+from opmix_dist.data.builtin_chat import TEMPLATE
 from opmix_dist.data.catalogue import (
     SPLITS,
+    TASKS_FILE,
     TOKENIZER,
     Catalogue,
     DomainInfo,
@@ -42,6 +44,7 @@ from opmix_dist.data.source import Chunk, Place, Source, SourceFile
 from opmix_dist.data.sources import FileSource
 from opmix_dist.data.staging import Staging, exclusive, published, writing
 from opmix_dist.data.survey import Mark, Survey, Surveyed, Surveyor, document_text, hold_out, set_up_worker
+from opmix_dist.data.task_lines import write_tasks
 from opmix_dist.data.tokenizer import TokenizerFiles, load_tokenizer, save_tokenizer, train_tokenizer
 from opmix_dist.data.workers import Pool, Task
 from opmix_dist.data.writing import DomainWriter, Form, read_record
@@ -100,9 +103,11 @@ def _read_grams(config: PrepareConfig, report: Report) -> Grams | None:
 
 
 def _read_template(config: PrepareConfig) -> str | None:
-    """Text of --chat-template; what is no Jinja is told before hours of reading, not after them."""
+    """Text of --chat-template, or of the built-in chats' own where a tokenizer is trained; what is no Jinja
+    is told before hours of reading, not after them."""
     if config.chat_template is None:
-        return None
+        trains = config.tokenizer == TRAIN_TOKENIZER
+        return TEMPLATE if config.builtin_chat and trains else None
     try:
         template = config.chat_template.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -122,9 +127,7 @@ def _open_jobs(
             staging.publish()
         else:
             survey = Survey(staging.work / "survey")
-            jobs.append(
-                Job(name, name in config.chat_domains, plan.settings[name], files[name], staging, survey)
-            )
+            jobs.append(Job(name, name in config.chats, plan.settings[name], files[name], staging, survey))
     return jobs
 
 
@@ -314,6 +317,9 @@ class _Ingest:
 
     def _publish(self, job: Job, writer: DomainWriter) -> None:
         sources = self._sources[job.name].names
+        if job.name in self._config.builtin_chat:
+            with writing(job.staging.target):
+                write_tasks(job.staging.folder / TASKS_FILE, self._known_chunks(job, 0))
         point("ingest.publish")
         info = writer.publish(job.settings, self._config.seed, sources, job.files)
         job.writer = None  # and what it holds

@@ -71,13 +71,14 @@ def all_settings(
     template = hashlib.sha256(chat_template.encode()).hexdigest() if chat_template is not None else None
     earlier = ""  # a chained digest: what an earlier domain holds is dropped from the later ones
     for name, paths in config.sources(None).items():
-        chat = name in config.chat_domains
+        chat = name in config.chats
         listing = files_fingerprint(files[name])
         yield (
             name,
             {
                 **shared,
                 "messages_field": config.messages_field if chat else None,
+                "builtin_max_bytes": config.builtin_max_bytes if config.is_builtin(name) else None,
                 "chat_template": template if chat else None,
                 "sources": list(paths.names),
                 "files": listing,
@@ -103,7 +104,6 @@ def _shared_settings(config: PrepareConfig, grams: str | None) -> Settings:
         "compression": config.compression,
         "shard_bytes": config.shard_bytes,
         "seed": config.seed,
-        "builtin_max_bytes": config.builtin_max_bytes if config.builtin else None,
     }
 
 

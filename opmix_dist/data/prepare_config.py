@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from opmix_dist.data.builtin import DEFAULT_MAX_BYTES, builtin_domains
+from opmix_dist.data.builtin_chat import RECIPES, BuiltinChatSource
 from opmix_dist.data.catalogue import check_domain_name
 from opmix_dist.data.samples import SHARD_BYTES, Compression
 from opmix_dist.data.source import Source
@@ -31,7 +32,9 @@ class PrepareConfig:
     chat_domains: Collection[str] = ()
     """Those of ``domains`` whose rows are chats."""
     builtin: bool = False
-    """Prepare the built-in domains in place of ``domains``."""
+    """Prepare the built-in domains of text in place of ``domains``."""
+    builtin_chat: Collection[str] = ()
+    """Built-in domains of chats to prepare besides, or alone: ``tools``, ``answers``."""
     builtin_max_bytes: int = DEFAULT_MAX_BYTES
     """Bytes of text in each built-in domain."""
     text_field: str = "text"
@@ -72,11 +75,15 @@ class PrepareConfig:
     """Replace finished domains whose settings differ."""
 
     def __post_init__(self) -> None:
-        if bool(self.domains) == self.builtin:
+        if (self.domains and self.builtin) or not (self.domains or self.builtin or self.builtin_chat):
             raise UserError("give either --domain NAME=PATH or --chat-domain NAME=PATH, or --builtin")
+        if unknown := set(self.builtin_chat) - set(RECIPES):
+            raise UserError(f"--builtin-chat {min(unknown)} is none of {', '.join(RECIPES)}")
+        if twice := set(self.builtin_chat) & set(self.domains):
+            raise UserError(f"{min(twice)} is a --builtin-chat and a domain of yours: use another name")
         for name in self.domains:
             check_domain_name(name)
-        if self.chat_template is not None and not self.chat_domains:
+        if self.chat_template is not None and not self.chats:
             raise UserError("--chat-template is for chats: give a --chat-domain NAME=PATH too")
         if unknown := set(self.chat_domains) - set(self.domains):
             raise UserError(f"chat_domains names {min(unknown)}, which is none of the domains")
@@ -95,9 +102,13 @@ class PrepareConfig:
 
     def sources(self, eos_id: int | None) -> Mapping[str, Source]:
         """The source of each domain, in order; those of token ids can be read when ``eos_id`` is given."""
+        chats = {
+            name: BuiltinChatSource(name, self.builtin_max_bytes, self.seed)
+            for name in dict.fromkeys(self.builtin_chat)
+        }
         if self.builtin:
-            return builtin_domains(self.builtin_max_bytes, self.seed)
-        return {
+            return {**builtin_domains(self.builtin_max_bytes, self.seed), **chats}
+        files = {
             name: FileSource(
                 tuple(paths),
                 text_field=self.text_field,
@@ -107,6 +118,15 @@ class PrepareConfig:
             )
             for name, paths in self.domains.items()
         }
+        return {**files, **chats}
+
+    @property
+    def chats(self) -> frozenset[str]:
+        """All domains of chats."""
+        return frozenset(self.chat_domains) | frozenset(self.builtin_chat)
+
+    def is_builtin(self, name: str) -> bool:
+        return self.builtin or name in self.builtin_chat
 
     @property
     def holdout(self) -> Holdout:

@@ -19,6 +19,10 @@ class Conversation:
 
     messages: Sequence[Mapping[str, Any]]  # `role` and `content`, and what else the template reads
     tools: Sequence[Mapping[str, Any]] | None = None
+    group: str | None = None
+    """Conversations of one group are held out together, or none of them is; None: it stands alone."""
+    task: Mapping[str, Any] | None = None
+    """How a reply is scored, as a line of ``tasks.jsonl``, where the domain is to have tasks."""
 
 
 Document: TypeAlias = str | np.ndarray | Conversation

@@ -54,8 +54,8 @@ class Surveyed(NamedTuple):
 class Surveyor:
     """What a worker is told of a domain; picklable.
 
-    A document's rank is a number in [0, 1) that its content and the seed decide, so that the split depends
-    neither on the order nor on the files.
+    A document's rank is a number in [0, 1) that its content, or its group, and the seed decide, so that the
+    split depends neither on the order nor on the files.
     """
 
     seed: int
@@ -68,7 +68,7 @@ class Surveyor:
         for file, document in chunk.documents():
             digest = document_digest(document)
             digests += digest
-            ranks.append(_rank(digest, self.seed))
+            ranks.append(_rank(_group_digest(document) or digest, self.seed))
             marks.append(self._mark(file, document, digest))
             files.append(file)
         return Surveyed(
@@ -117,6 +117,13 @@ def document_digest(document: Document) -> bytes:
         chat: dict[str, Any] = {"messages": list(document.messages), "tools": document.tools}
         content, kind = json.dumps(chat, sort_keys=True).encode(), b"chat"
     return hashlib.blake2b(content, digest_size=DIGEST_BYTES, person=kind).digest()
+
+
+def _group_digest(document: Document) -> bytes | None:
+    """Of what is held out together with it; None where that is the document alone."""
+    if not isinstance(document, Conversation) or document.group is None:
+        return None
+    return hashlib.blake2b(document.group.encode(), digest_size=DIGEST_BYTES, person=b"group").digest()
 
 
 _EMPTY_DIGESTS = {document_digest(empty) for empty in ("", np.empty(0, np.uint32), Conversation([]))}
