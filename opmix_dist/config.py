@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ByteSize, Field, field_validator, model_validator
 
 from opmix_dist.data.remote import is_url
+from opmix_dist.method_config import MethodConfig
 from opmix_dist.search_config import SearchConfig
 from opmix_dist.settings import Section, check_settings, read_settings
 
@@ -395,6 +396,7 @@ class RunConfig(SharedConfig):
     """``opmix train``."""
 
     schedule: ScheduleConfig = ScheduleConfig()
+    method: MethodConfig = MethodConfig()
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     pool: PoolConfig = PoolConfig()

@@ -29,6 +29,12 @@ class Ledger:
         """Seconds of all blocks that were timed or set aside."""
         self.costs = {name: cost.model_copy() for name, cost in (costs or {}).items()}
 
+    def go_on(self, costs: Mapping[str, PhaseCost]) -> None:
+        """From those of earlier attempts, besides what was added since."""
+        since, self.costs = self.costs, {name: cost.model_copy() for name, cost in costs.items()}
+        for name, cost in since.items():
+            self.add(name, seconds=cost.seconds, flops=cost.flops, tokens=cost.tokens)
+
     def add(self, phase: str, *, seconds: float = 0.0, flops: float = 0.0, tokens: int = 0) -> None:
         """FLOPs and tokens are those of all ranks together; seconds are wall time."""
         cost = self.costs.setdefault(phase, PhaseCost(possible_flops=0.0))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -15,7 +16,10 @@ from opmix_dist.data.samples import Sample
 @dataclass(frozen=True)
 class TokenBatch:
     """B samples of T tokens. ``loss_mask`` says which tokens are targets: a token that is predicted from the
-    ones before it and counts in the loss. The first token of a sample is never one, padding neither."""
+    ones before it and counts in the loss. The first token of a sample is never one, padding neither.
+
+    A subclass may have more fields: tensors [B, ...], or None.
+    """
 
     tokens: Tensor  # int64 [B, T]
     loss_mask: Tensor  # bool [B, T]
@@ -24,7 +28,7 @@ class TokenBatch:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, rows: slice | Tensor) -> TokenBatch:
+    def __getitem__(self, rows: slice | Tensor) -> Self:
         return self._each(lambda tensor: tensor[rows])
 
     @property
@@ -37,20 +41,20 @@ class TokenBatch:
         """Number of targets of each sample, int64 [B]; 0 where a sample has none."""
         return self.loss_mask.sum(dim=1)
 
-    def split(self, size: int) -> list[TokenBatch]:
+    def split(self, size: int) -> list[Self]:
         """Parts of ``size`` samples, the last one possibly smaller."""
         return [self[slice(start, start + size)] for start in range(0, len(self), size)]
 
-    def to(self, device: torch.device) -> TokenBatch:
+    def to(self, device: torch.device) -> Self:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pinned(self) -> TokenBatch:
+    def pinned(self) -> Self:
         """A copy in memory that a GPU can read without the host's help."""
         return self._each(lambda tensor: tensor.pin_memory())
 
-    def repeat(self, times: int) -> TokenBatch:
+    def repeat(self, times: int) -> Self:
         """All samples, ``times`` over: [times * B, T]."""
-        return self._each(lambda tensor: tensor.repeat(times, 1))
+        return self._each(lambda tensor: tensor.repeat(times, *[1] * (tensor.dim() - 1)))
 
     @staticmethod
     def cat(batches: Sequence[TokenBatch]) -> TokenBatch:
@@ -91,9 +95,9 @@ class TokenBatch:
             positions = torch.from_numpy(places.reshape(mask.shape))
         return cls(torch.from_numpy(rows.tokens.astype(np.int64)), torch.from_numpy(mask), positions)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
-        positions = None if self.position_ids is None else change(self.position_ids)
-        return TokenBatch(change(self.tokens), change(self.loss_mask), positions)
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
 
 
 @dataclass(frozen=True)

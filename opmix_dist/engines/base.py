@@ -12,10 +12,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from opmix_dist.config import EngineConfig, RunConfig
@@ -29,6 +30,11 @@ from opmix_dist.models.flops import FlopCounts
 Kind = Literal["parameter", "exp_avg", "exp_avg_sq"]
 """A parameter in float32, or one of AdamW's two moments of it."""
 KINDS: tuple[Kind, ...] = ("parameter", "exp_avg", "exp_avg_sq")
+BatchLoss = Callable[[nn.Module, TokenBatch], Tensor]
+"""The model and samples on its device to each one's loss, summed over its targets, [B] with a gradient."""
+AdjustGradients = Callable[[dict[str, Tensor]], None]
+"""Changes a step's gradient in place, before it is clipped: this rank's part of each trained parameter's, by
+name, which is that of the mean loss over all targets of the global batch. Collective."""
 
 
 class BadStepError(RuntimeError):
@@ -91,6 +97,8 @@ class Engine(ABC):
     """
 
     optimizer_name = "AdamW"
+    takes_methods = False
+    """Whether :meth:`train_step` can be given another loss, and gradients be changed."""
 
     world: World
     config: EngineConfig
@@ -98,8 +106,15 @@ class Engine(ABC):
     flops: FlopCounts
     shapes: dict[str, torch.Size]
     hf_config: PretrainedConfig
+    beside: Mapping[str, Tensor] = MappingProxyType({})
+    """What a training method keeps from step to step, by name: saved with the state, and filled when one is
+    loaded. On engines that take methods; DTensors, or whole tensors that are the same on all ranks."""
     _loss_limit: float = math.inf
     """Of the step under way, nats per target."""
+    _batch_loss: BatchLoss | None = None
+    """Of the passes under way; None: cross-entropy."""
+    _adjust: AdjustGradients | None = None
+    """Of the step under way."""
 
     @classmethod  # noqa: B027  (most engines have nothing to check)
     def check(cls, config: RunConfig, ranks: int) -> None:
@@ -143,6 +158,8 @@ class Engine(ABC):
         *,
         lr: float,
         loss_limit: float = math.inf,
+        loss: BatchLoss | None = None,
+        adjust: AdjustGradients | None = None,
     ) -> StepResult:
         """One optimiser step on the global batch, of which this replica holds ``microbatches``.
 
@@ -154,6 +171,8 @@ class Engine(ABC):
                 the same samples on all ranks of a replica.
             lr: learning rate of this step.
             loss_limit: the step is not applied where the mean loss over all targets is above it.
+            loss: in place of the cross-entropy, in units that are summed over targets like nats.
+            adjust: changes the gradient.
 
         Raises:
             NonFiniteError, LossSpikeError: on every rank alike; the parameters are as before the step.
@@ -166,10 +185,14 @@ class Engine(ABC):
                 "no sample of the global batch has a token that counts in the loss: raise "
                 "train.global_batch_size, or prepare the data without such samples"
             )
-        self._loss_limit = loss_limit
-        result = self._train_step(
-            microbatches, targets, spoiled("train.gradient", total, step=lambda: self.optimizer_steps), lr
-        )
+        assert self.takes_methods or (loss is None and adjust is None), "check() refuses such methods"
+        self._loss_limit, self._batch_loss, self._adjust = loss_limit, loss, adjust
+        try:
+            result = self._train_step(
+                microbatches, targets, spoiled("train.gradient", total, step=lambda: self.optimizer_steps), lr
+            )
+        finally:
+            self._batch_loss = self._adjust = None
         if not math.isfinite(result.grad_norm):
             raise NonFiniteError(f"the gradient norm is {result.grad_norm}", result.sample_losses, targets)
         return result
@@ -221,8 +244,11 @@ class Engine(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """What torch DCP saves: ``{"parameter": {name: tensor}, "exp_avg": ..., "exp_avg_sq": ..., "step":
-        [1] int64}``; tensors are DTensors, or whole and then on the rank of :func:`owners` only."""
+        [1] int64}``, and ``beside`` where there is any; tensors are DTensors, or whole and then on the rank
+        of :func:`owners` only."""
         state: dict[str, Any] = {"step": torch.tensor([self.optimizer_steps])}
+        if self.beside:
+            state["beside"] = dict(self.beside)
         return state | {kind: self._state(kind) for kind in KINDS}
 
     def load_state(self, read: Callable[[dict[str, Any]], None], *, optimizer: bool = True) -> None:
@@ -239,6 +265,8 @@ class Engine(ABC):
             step = torch.zeros(1, dtype=torch.int64)
             read({"step": step})
             self.optimizer_steps = int(step)
+        if self.beside:
+            read({"beside": dict(self.beside)})
         self._after_loading()
 
     def save_beside(self, folder: Path) -> None:  # noqa: B027  (most engines have no files of their own)
@@ -289,6 +317,19 @@ class Engine(ABC):
 
     def _after_loading(self) -> None:  # noqa: B027  (most engines keep one copy)
         """All of :meth:`_set_whole` is done: copies in other dtypes may be made."""
+
+
+def refuse_methods(config: RunConfig) -> None:
+    """For :meth:`Engine.check` of engines that do not take them.
+
+    Raises:
+        UserError: ``method.name`` is not plain.
+    """
+    if config.method.name != "plain":
+        raise UserError(
+            f"method.name {config.method.name} does not run on engine.name {config.engine.name}: set it to "
+            "single or fsdp, or method.name to plain"
+        )
 
 
 def loss_checks(losses: Tensor) -> Tensor:

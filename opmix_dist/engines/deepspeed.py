@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 from opmix_dist.config import EngineConfig, OptimizerConfig, RunConfig
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import World
-from opmix_dist.engines.base import Kind, NonFiniteError, Replica, StepResult, loss_checks
+from opmix_dist.engines.base import Kind, NonFiniteError, Replica, StepResult, loss_checks, refuse_methods
 from opmix_dist.engines.blocks import prepare_blocks
 from opmix_dist.engines.deepspeed_config import (
     Settings,
@@ -46,6 +46,8 @@ class DeepSpeedEngine(SingleEngine):
     Forward and backward passes go through its engine: hooks there gather, reduce and count. Stage 3 computes
     with a copy of its masters' parts, stages 1 and 2 with whole parameters.
     """
+
+    takes_methods = False
 
     def __init__(
         self,
@@ -72,6 +74,7 @@ class DeepSpeedEngine(SingleEngine):
 
     @classmethod
     def check(cls, config: RunConfig, ranks: int) -> None:
+        refuse_methods(config)
         require_same_batches(config, ranks)
         if config.deterministic:
             require_repeatable(config.engine)

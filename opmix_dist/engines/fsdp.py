@@ -131,6 +131,9 @@ class FSDPEngine(SingleEngine):
                 if isinstance(module, FSDPModule):
                     module.reshard()
 
+    def _gradients(self) -> dict[str, Tensor]:
+        return {name: cast(DTensor, found).to_local() for name, found in super()._gradients().items()}
+
     def _clip(self, checks: Tensor) -> tuple[Tensor, Tensor]:
         """Parameters are divided over the whole mesh or over a part of it, so a number of the gradient may be
         on several ranks: each counts it as the share that makes 1 of all of them. One sum over the ranks

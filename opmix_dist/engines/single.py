@@ -30,6 +30,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class SingleEngine(Engine):
     """AdamW on a model that fits on one device; bf16 through autocast with float32 master parameters."""
 
+    takes_methods = True
+
     def __init__(
         self,
         source: ModelSource,
@@ -101,6 +103,8 @@ class SingleEngine(Engine):
 
     def _losses(self, batch: TokenBatch) -> Tensor:
         """Sums [B] of a batch on the device."""
+        if self._batch_loss is not None:
+            return self._batch_loss(cast(nn.Module, self.model), batch)
         return sample_losses(self.model, batch, self.head, self._losses_of_logits)
 
     @cached_property
@@ -129,6 +133,8 @@ class SingleEngine(Engine):
             losses.append(sums.detach())
         sample_sums = torch.cat(losses).double()
         self._complete_gradients()
+        if self._adjust is not None:
+            self._adjust(self._gradients())
         checks, norm = self._clip(loss_checks(sample_sums))
         results = read_later(torch.cat([sample_sums, checks, norm[None]]))
         bad, nats = checks
@@ -159,6 +165,10 @@ class SingleEngine(Engine):
         for parameter in self.model.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """This rank's part of each, by name; what is changed in place is changed in the step."""
+        return {name: cast(Tensor, self._parameter(name).grad) for name in self.shapes}
 
     def _clip(self, checks: Tensor) -> tuple[Tensor, Tensor]:
         """Clip the gradient.
@@ -195,8 +205,11 @@ class SingleEngine(Engine):
         return {name: self._tensor(kind, name) for name in self.shapes}
 
     def _tensor(self, kind: Kind, name: str) -> Tensor:
-        parameter = cast(nn.Module, self.model).get_parameter(name)
+        parameter = self._parameter(name)
         return parameter.detach() if kind == "parameter" else self.optimizer.state[parameter][kind]
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        return cast(nn.Module, self.model).get_parameter(name)
 
     def _whole(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
         yield from self._tensors(kind).items()

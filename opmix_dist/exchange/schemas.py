@@ -277,6 +277,8 @@ class TrainLine(Record):
     tokens: int
     tokens_per_second: float
     mixture_version: int
+    method: dict[str, float] = Field(default_factory=dict)
+    """What the training method tells of the step, by name."""
     tokens_per_second_per_device: float | None = None
     seconds: float | None = None
     """Since the end of the step before, without evaluations, checkpoints, snapshots and searches."""

@@ -32,6 +32,8 @@ from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, Stopped, Summar
 from opmix_dist.faults import points
 from opmix_dist.ledger import Ledger
 from opmix_dist.logs import set_up_logging
+from opmix_dist.methods.base import MethodAround
+from opmix_dist.methods.build import build_method
 from opmix_dist.models.build import check_tokenizer
 from opmix_dist.models.devices import engine_peak_flops
 from opmix_dist.models.lora import require_adaptable
@@ -204,10 +206,14 @@ class Job:
         callbacks = self._callbacks(reporter, checkpointer)
         if world.is_leader:  # only now: settings that cannot even be built leave no run behind
             self.run.write_config(config)
+        ledger = Ledger(world.size, peak_flops=engine_peak_flops(config.engine, world.device))
+        method = build_method(
+            MethodAround(self.run, config, world, engine, source, catalogue, ledger, history={})
+        )
         state = self._restore(engine, checkpointer, loader)
+        ledger.go_on(state.costs)
         recorded = self._recorded()
         check_schedule(config, recorded, state.step)
-        ledger = Ledger(world.size, state.costs, peak_flops=engine_peak_flops(config.engine, world.device))
         around = Surroundings(
             self.run, config, world, self.writer, catalogue, ledger, reporter.on_search, self.stop
         )
@@ -220,6 +226,7 @@ class Job:
             loader=loader,
             heldout=heldout,
             policy=POLICIES[config.mixture.policy](around),
+            method=method,
             callbacks=callbacks,
             checkpointer=checkpointer,
             bad_steps=BadSteps.open(self.run, config.train, world),

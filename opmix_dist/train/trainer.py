@@ -22,6 +22,7 @@ from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, TrainLine
 from opmix_dist.faults.points import point
 from opmix_dist.ledger import Ledger
+from opmix_dist.methods.base import Method
 from opmix_dist.models.loss import DomainLosses, losses_by_domain
 from opmix_dist.seeds import derive_seed
 from opmix_dist.stopping import StopRequested, StopSignals
@@ -50,6 +51,7 @@ class Trainer:
     loader: MixtureLoader
     heldout: EvalSet
     policy: MixturePolicy
+    method: Method
     callbacks: Sequence[Callback]
     checkpointer: Checkpointer
     bad_steps: BadSteps
@@ -79,6 +81,7 @@ class Trainer:
         """
         with self._closing():
             self.first_step = self.state.step
+            self.method.begin(self.state.step)
             self._announce("on_start")
             self._throughput.start()
             try:
@@ -162,10 +165,14 @@ class Trainer:
         self.world.enter("training", step)
         limit = self.bad_steps.loss_limit(self.state.recent_losses)
         try:
-            result = self.engine.train_step(microbatches, lr=lr, loss_limit=limit)
+            work = self.method.prepare(step, microbatches)
+            result = self.engine.train_step(
+                work.microbatches, lr=lr, loss_limit=limit, loss=work.loss, adjust=work.adjust
+            )
         except BadStepError as error:
             self._meet_bad_step(loaded, error)
             return None
+        self.method.applied(step)
         sums, readings = self._gather(loaded, result)
         line = self._book(sums, readings, result.grad_norm, lr)
         self.bad_steps.note_good(self.state, line.loss)
@@ -246,6 +253,7 @@ class Trainer:
             lr=lr,
             tokens=self.state.tokens,
             mixture_version=self.state.mixture_version,
+            method=self.method.numbers(),
             **self._throughput.describe(
                 readings,
                 tokens=tokens,
@@ -318,4 +326,5 @@ class Trainer:
             for callback in self.callbacks:
                 callback.close()
             self.policy.close()
+            self.method.close()
             self.loader.close()

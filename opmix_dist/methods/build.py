@@ -1,0 +1,23 @@
+"""Choosing a training method by its name in the configuration."""
+
+from __future__ import annotations
+
+import importlib
+from typing import cast
+
+from opmix_dist.methods.base import Method, MethodAround
+
+# imported when it is chosen: some need packages that take long to import
+METHODS = {
+    "plain": ("opmix_dist.methods.base", "Method"),
+}
+
+
+def build_method(around: MethodAround) -> Method:
+    """Collective over the trainer ranks.
+
+    Raises:
+        UserError: what the chosen method's constructor refuses.
+    """
+    module, attribute = METHODS[around.config.method.name]
+    return cast(type[Method], getattr(importlib.import_module(module), attribute))(around)
