@@ -24,23 +24,18 @@ from opmix_dist.config import SharedConfig
 from opmix_dist.data.build import held_out_samples, open_data
 from opmix_dist.distributed import PeerError, World
 from opmix_dist.errors import UserError
-from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import RunDir, SearchDir
 from opmix_dist.exchange.schemas import SearchRequest, SearchStage
 from opmix_dist.ledger import Ledger
-from opmix_dist.models.build import snapshot_source
 from opmix_dist.models.documents import require_documents_apart
 from opmix_dist.models.flops import count_flops
-from opmix_dist.models.long_context import require_attention, require_positions
-from opmix_dist.models.lora import require_adaptable
 from opmix_dist.models.loss import sample_loss_sums, uses_flash_attention
 from opmix_dist.models.sharding import plain_class
-from opmix_dist.models.source import open_source
 from opmix_dist.pool.early_stop import LEAST_SEEN, EarlyStop
 from opmix_dist.pool.errors import AgreedError, BrokenTeamError, SearchError
 from opmix_dist.pool.evaluating import Evaluating
 from opmix_dist.pool.evaluations import Evaluations
-from opmix_dist.pool.loading import load
+from opmix_dist.pool.loading import load, searched_source
 from opmix_dist.pool.plan import chosen_kernels
 from opmix_dist.pool.probe_groups import ProbeGroups
 from opmix_dist.pool.records import Outcome, write_outcome
@@ -244,18 +239,8 @@ class _Search:
 
     def _load_model(self) -> PreTrainedModel:
         """Whole, or this rank's shards; does not communicate."""
-        settings, device, team = self.config.model, self.world.device, self.crew.team
-        if self.request.is_checkpoint:
-            vocabulary = self.catalogue.vocab_size
-            source = open_source(settings, vocab_size=vocabulary, token_ids={}, seed=self.config.seed)
-            require_positions(source.hf_config, self.catalogue.sequence_length, fresh=False)
-            require_attention(settings.attention, source.hf_config, device)
-            require_adaptable(source.build())
-        else:
-            files.require_complete(self._snapshot, "snapshot")
-            source = snapshot_source(
-                self._snapshot, attention=settings.attention, trust_remote_code=settings.trust_remote_code
-            )
+        device, team = self.world.device, self.crew.team
+        source = searched_source(self.run_dir.path, self.request, self.config, self.catalogue, device)
         return load(source, device, team.mesh(device) if team.sharded else None)
 
     def _require_documents_apart(self) -> None:
