@@ -48,9 +48,7 @@ def render(
         UserError: there is no template; it does not fit the conversation, or does not show what the assistant
             says; or a message writes a special token, with which it could forge a turn.
     """
-    template = _template(tokenizer, bool(conversation.tools), where)
-    for message in [*conversation.messages, *(conversation.tools or ())]:
-        _refuse_special_tokens(tokenizer, message, where)
+    template = _checked_template(tokenizer, conversation, where)
     chat = _Chat(tokenizer, template, conversation, where)
     chat.require_calls()
     turns = chat.generated if _GENERATION.search(template) else list(chat.turns())
@@ -59,6 +57,25 @@ def render(
     spans = [_token_span(chat.text, offsets, turn) for turn in turns]
     kept = [span for span in spans if span[0] < span[1]]
     return np.array(encoding["input_ids"], np.uint32), np.array(kept, np.uint32).reshape(-1, 2)
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerFast, conversation: Conversation, where: str) -> np.ndarray:
+    """Token ids, uint32 [n], of a conversation that the assistant is to reply to: what a template writes
+    before a reply, as in :func:`render` but for a tokenizer that joins the reply's first word to a space
+    before it. Arguments and errors as there."""
+    template = _checked_template(tokenizer, conversation, where)
+    chat = _Chat(tokenizer, template, conversation, where)
+    chat.require_calls()
+    encoding = tokenizer(chat.prompt(), add_special_tokens=False, verbose=False)
+    return np.array(encoding["input_ids"], np.uint32)
+
+
+def _checked_template(tokenizer: PreTrainedTokenizerFast, conversation: Conversation, where: str) -> str:
+    """The template for a conversation that writes no special token."""
+    template = _template(tokenizer, bool(conversation.tools), where)
+    for message in [*conversation.messages, *(conversation.tools or ())]:
+        _refuse_special_tokens(tokenizer, message, where)
+    return template
 
 
 class _Chat:
@@ -74,6 +91,10 @@ class _Chat:
         self._messages = [{**one, "content": one.get("content") or ""} for one in conversation.messages]
         self._where = where
         self.text, self.generated = self._render(self._messages, generation=True)
+
+    def prompt(self) -> str:
+        """All of it, and what begins the assistant's next turn."""
+        return self._render(self._messages, add_generation_prompt=True)[0]
 
     def turns(self) -> Iterator[CharSpan]:
         """Where in the text the assistant's turns begin and end, found by rendering what precedes each."""

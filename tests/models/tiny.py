@@ -42,8 +42,8 @@ def build(
         fields: of the config.
     """
     torch.manual_seed(0)
-    sizes = {**ARCHITECTURES.get(model_type, {}), **fields}
-    config = AutoConfig.for_model(model_type, vocab_size=VOCABULARY, **sizes)
+    sizes = {"vocab_size": VOCABULARY, **ARCHITECTURES.get(model_type, {}), **fields}
+    config = AutoConfig.for_model(model_type, **sizes)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():

@@ -1,0 +1,168 @@
+"""``opmix score``: error rates of a model on tasks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opmix_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from opmix_dist.tasks.records import Task
+    from opmix_dist.tasks.scoring import Generator, Scored
+
+
+def add_score_command(commands: Any) -> None:
+    """Add ``score`` to the subcommands of ``opmix``."""
+    score = commands.add_parser(
+        "score",
+        help="error rates of a model on tasks: multiple choice, exact match, tool calls, code of yours",
+        description="Prints the share of wrong replies for each file and kind of task, with its standard "
+        "error and Wilson's 95%% interval, both from the number of examples.",
+    )
+    score.add_argument("model", help="folder or hub id of a Hugging Face model, such as RUN/export/hf")
+    score.add_argument(
+        "--tasks", required=True, nargs="+", type=Path, metavar="FILE",
+        help="JSON lines of tasks, or folders of domains with a tasks.jsonl",
+    )  # fmt: skip
+    score.add_argument("--limit", type=int, help="take the first so many tasks of each file")
+    score.add_argument(
+        "--choices", choices=("likelihood", "generation"), default="likelihood",
+        help="multiple choice: by the choices' likelihoods (default) or by the reply",
+    )  # fmt: skip
+    score.add_argument("--max-new-tokens", type=int, default=64, help="of a reply (default: 64)")
+    score.add_argument("--batch-size", type=int, default=16, help="prompts in a pass (default: 16)")
+    score.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    score.add_argument("--generation", choices=("transformers", "vllm"), default="transformers")
+    score.add_argument(
+        "--allow-code", action="store_true", help="import and call the scorers that tasks name"
+    )
+    score.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    score.add_argument("--out", type=Path, help="file for each task's reply and error, as JSON lines")
+    score.set_defaults(run=_score)
+
+
+def _score(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from opmix_dist.tasks.records import read_tasks
+    from opmix_dist.terminal import open_console
+
+    for name in ("limit", "max_new_tokens", "batch_size"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give at least 1")
+    tasks = {str(path): read_tasks(path)[: arguments.limit] for path in arguments.tasks}
+    with redirect_stdout(sys.stderr):  # DeepSpeed, which transformers imports to generate, logs there
+        found = _scored(arguments, tasks)
+    if arguments.out is not None:
+        _write_replies(arguments.out, tasks, found)
+    rows = list(_rows(found))
+    if arguments.json:
+        print(json.dumps({"model": arguments.model, "rows": rows}))
+        return
+    open_console().print(_table(rows))
+
+
+def _scored(arguments: argparse.Namespace, tasks: dict[str, list[Task]]) -> dict[str, Scored]:
+    import torch
+
+    from opmix_dist.data.tokenizer import load_tokenizer
+    from opmix_dist.models.source import checkpoint_source
+    from opmix_dist.tasks.generation import ATTENTION
+    from opmix_dist.tasks.scoring import ScoringOptions, score
+
+    device = _device(arguments.device)
+    generator = _generator(arguments)
+    tokenizer = load_tokenizer(arguments.model)
+    model = checkpoint_source(arguments.model, attention=ATTENTION).whole()
+    torch.nn.Module.to(model, device)
+    options = ScoringOptions(
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+        choices=arguments.choices,
+        allow_code=arguments.allow_code,
+    )
+    return {
+        file: score(model, tokenizer, of_file, options, where=file, generator=generator)
+        for file, of_file in tasks.items()
+    }
+
+
+def _device(name: str) -> str:
+    import torch
+
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UserError("--device is cuda but torch sees no GPU: set it to cpu or auto")
+    return "cuda" if available and name != "cpu" else "cpu"
+
+
+def _generator(arguments: argparse.Namespace) -> Generator | None:
+    """None: transformers."""
+    if arguments.generation == "transformers":
+        return None
+    from opmix_dist.tasks.vllm import generate_with_vllm, require_vllm
+
+    require_vllm("--generation")
+    return lambda prompts, ends: generate_with_vllm(
+        arguments.model, prompts, max_new_tokens=arguments.max_new_tokens, end_ids=ends
+    )
+
+
+def _write_replies(file: Path, tasks: dict[str, list[Task]], found: dict[str, Scored]) -> None:
+    from opmix_dist.atomic import write_bytes
+
+    lines = []
+    for name, scored in found.items():
+        both = zip(tasks[name], scored.replies, scored.errors.tolist(), strict=True)
+        for number, (task, reply, error) in enumerate(both, 1):
+            line = {"file": name, "number": number, "kind": task.kind, "group": task.group}
+            lines.append(json.dumps({**line, "answer": task.answer, "reply": reply, "error": error}))
+    try:
+        write_bytes(file, "".join(f"{line}\n" for line in lines).encode())
+    except OSError as error:
+        raise UserError(f"cannot write --out {file}: {error.strerror}") from None
+
+
+def _rows(found: dict[str, Scored]) -> Iterator[dict[str, Any]]:
+    """For each kind of each file."""
+    import numpy as np
+
+    from opmix_dist.tasks.error_rates import ErrorRate
+
+    for name, scored in found.items():
+        for kind in dict.fromkeys(scored.kinds):
+            rate = ErrorRate.of(scored.errors[np.array([one == kind for one in scored.kinds])])
+            yield {
+                "file": name,
+                "kind": kind,
+                "tasks": rate.count,
+                "error": rate.mean,
+                "stderr": rate.stderr,
+                "interval": [rate.low, rate.high],
+            }
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from opmix_dist.data.printable import printable
+
+    table = Table(title="Share of wrong replies")
+    for column, justify in (("tasks", "left"), ("kind", "left"), ("examples", "right"), ("error", "right"),
+                            ("standard error", "right"), ("95% interval", "right")):  # fmt: skip
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for row in rows:
+        low, high = row["interval"]
+        table.add_row(
+            escape(printable(row["file"])), row["kind"], f"{row['tasks']:,}", f"{row['error']:.1%}",
+            f"{row['stderr']:.1%}", f"{low:.1%} to {high:.1%}",
+        )  # fmt: skip
+    return table
