@@ -20,6 +20,7 @@ from opmix_dist.launch_command import add_launch_commands
 from opmix_dist.mixture_command import add_mixture_command
 from opmix_dist.plan_command import add_plan_command
 from opmix_dist.process import end_process
+from opmix_dist.score_command import add_score_command
 from opmix_dist.search_command import add_search_command
 from opmix_dist.top_command import add_top_command
 from opmix_dist.what_if_command import add_what_if
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     add_launch_commands(commands)
     add_top_command(commands)
     add_search_command(commands)
+    add_score_command(commands)
     add_fit_command(commands)
     add_mixture_command(commands)
     add_convert_command(commands)
