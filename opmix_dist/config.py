@@ -260,6 +260,12 @@ class TrainConfig(Section):
     max_bad_steps: int = Field(
         3, ge=1, description="batches in a row that are left out, and times to go back to one checkpoint"
     )
+    hang_timeout_s: float | None = Field(
+        3600.0,
+        gt=0,
+        description="seconds without progress in a step after which a rank ends itself, to be started again; "
+        "four times as many where long is usual (start, first step, evaluations, checkpoints); null: never",
+    )
     spike_deviations: float | None = Field(
         None, gt=0, description="a loss is a spike so many standard deviations above the mean; null: none is"
     )
@@ -472,6 +478,7 @@ RESUME_MAY_CHANGE = (
     "train.global_batch_size",
     "train.micro_batch_size",
     "train.log_interval_steps",
+    "train.hang_timeout_s",
     "train.on_bad_step",
     "train.max_bad_steps",
     "train.spike_deviations",

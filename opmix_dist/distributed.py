@@ -9,7 +9,7 @@ the generation of its workers.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opmix_dist.errors import UserError
+from opmix_dist.hang import HangGuard
 from opmix_dist.watchdog import Watchdog
 
 
@@ -74,16 +75,27 @@ class World:
         *,
         timeout: timedelta = timedelta(minutes=30),
         watchdog: Watchdog | None = None,
+        guard: HangGuard | None = None,
     ) -> None:
-        """``timeout``: of a collective; other groups than the default one must be given it."""
+        """
+        Args:
+            timeout: of a collective; other groups than the default one must be given it.
+            guard: of this rank; it is closed with the world.
+        """
         self.role, self.rank, self.size = placement.role, placement.rank, placement.size
         self.device = device
         self.is_leader = placement.rank == 0
-        self.timeout, self._watchdog = timeout, watchdog
+        self.timeout, self._watchdog, self._guard = timeout, watchdog, guard
 
     @classmethod
     def join(
-        cls, placement: Placement, *, device: str = "auto", timeout_s: float = 1800.0, generation: int = 0
+        cls,
+        placement: Placement,
+        *,
+        device: str = "auto",
+        timeout_s: float = 1800.0,
+        generation: int = 0,
+        guard: HangGuard | None = None,
     ) -> World:
         """Collective over the role. ``device``: auto takes this rank's GPU where there is one."""
         chosen, timeout = _device(device), timedelta(seconds=timeout_s)
@@ -99,16 +111,29 @@ class World:
         if placement.size > 1:
             store = dist.PrefixStore(f"places/{_prefix(placement.role, generation)}", launch_store())
             watchdog = Watchdog(placement.role, placement.rank, placement.size, store, timeout_s)
-        return cls(placement, chosen, timeout=timeout, watchdog=watchdog)
+        return cls(placement, chosen, timeout=timeout, watchdog=watchdog, guard=guard)
 
     def enter(self, phase: str, step: int = 0) -> None:
         """A part of the work begins, on all ranks of the role: what is said when one does not come along."""
         if self._watchdog is not None:
             self._watchdog.enter(phase, step)
+        if self._guard is not None:
+            self._guard.enter(phase, step)
+
+    def beside(self, what: str) -> Callable[[], object]:
+        """Not collective: something begins in another thread of this rank, which must end in time. What is
+        returned is to be called when it has ended."""
+        return self._guard.beside(what) if self._guard is not None else lambda: None
+
+    def progress(self) -> None:
+        """Not collective: this rank gets on with a long piece of work."""
+        if self._guard is not None:
+            self._guard.move()
 
     def _move(self) -> None:
         if self._watchdog is not None:
             self._watchdog.move()
+        self.progress()
 
     def explain(self, error: BaseException) -> None:
         """Not collective: if ``error`` is that of a collective, log which ranks did not come, and where all
@@ -129,6 +154,8 @@ class World:
         if self._watchdog is not None:
             self._watchdog.close()
         dist.destroy_process_group()
+        if self._guard is not None:
+            self._guard.close()
 
     def barrier(self) -> None:
         """Collective."""
@@ -137,26 +164,26 @@ class World:
 
     def sum(self, values: Tensor) -> Tensor:
         """Collective. Sum over ranks in place, on whatever device ``values`` lies."""
+        self._move()
         if self.size > 1:
-            self._move()
             dist.all_reduce(values)
         return values
 
     def largest(self, value: int) -> int:
         """Collective. The largest of the ranks' numbers, on every rank."""
+        self._move()
         if self.size == 1:
             return value
-        self._move()
         number = torch.tensor([value])
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
         return int(number)
 
     def share(self, values: Sequence[float] | None) -> list[float]:
         """Collective. The leader's numbers on every rank; the others pass None."""
+        self._move()
         if self.size == 1:
             assert values is not None
             return list(values)
-        self._move()
         length = torch.tensor([len(values) if values is not None else 0])
         dist.broadcast(length, src=0)
         numbers = torch.zeros(int(length), dtype=torch.float64)
@@ -176,11 +203,11 @@ class World:
         Raises:
             PeerError: with the message of the first rank that failed.
         """
+        self._move()
         if self.size == 1:
             if failure is not None:
                 raise PeerError(failure)
             return
-        self._move()
         first = torch.tensor([self.rank if failure is not None else self.size])
         dist.all_reduce(first, op=dist.ReduceOp.MIN)
         source = int(first)

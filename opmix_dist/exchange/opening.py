@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from opmix_dist.config import SharedConfig
 from opmix_dist.distributed import World
 from opmix_dist.errors import UserError
-from opmix_dist.exchange.rundir import LAUNCH, RunDir
+from opmix_dist.exchange.rundir import HANGS, LAUNCH, RunDir
 from opmix_dist.process import lock_run
 from opmix_dist.settings import changed_settings
 
@@ -43,7 +43,9 @@ def open_run(run: RunDir, config: SharedConfig, world: World, may_change: Sequen
 def check_earlier_attempt(run: RunDir, config: SharedConfig, may_change: Sequence[str]) -> None:
     """UserError where the folder holds something else than an attempt at the same job."""
     if not run.config_file.exists():
-        others = [p.name for p in run.path.iterdir() if not p.name.startswith(".") and p.name != LAUNCH]
+        others = [
+            p.name for p in run.path.iterdir() if not p.name.startswith(".") and p.name not in (LAUNCH, HANGS)
+        ]
         if others:
             raise UserError(f"run_dir {run.path} holds {others[0]} but is no run: choose an empty folder")
         return

@@ -29,6 +29,8 @@ from opmix_dist.settings import check_settings, read_yaml, to_yaml
 R = TypeVar("R", bound=Record)
 LAUNCH = "launch"
 """Folder of what started the run; it may be there before the run is."""
+HANGS = "hangs"
+"""Folder of the stacks of ranks that hung; one may hang before the run is there."""
 CURVE_FILE = "curve.jsonl"
 _STEP_FOLDER = re.compile(r"^step_(0|[1-9][0-9]{0,11})$")
 _DAMAGED_FOLDER = re.compile(r"^damaged_step_(0|[1-9][0-9]{0,11})$")
@@ -111,6 +113,7 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.searches = self.path / "searches"
         self.launch = self.path / LAUNCH
+        self.hangs = self.path / HANGS
 
     def snapshot(self, step: int) -> Path:
         return self.snapshots / f"step_{step}"

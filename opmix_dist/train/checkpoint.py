@@ -78,7 +78,9 @@ class Checkpointer:
             engine.state_dict(), storage_writer=writer, async_stager=stager, process_group=self.group
         )
         assert isinstance(future, Future)
+        written = self.world.beside(f"writing {folder}")
         future.add_done_callback(lambda done: stager.close())
+        future.add_done_callback(lambda done: written())
         self._saving = saving = _Saving(state.step, future)  # `state` moves on with training
         if self.world.is_leader:
             future.add_done_callback(lambda done: self._settle(saving, writer))

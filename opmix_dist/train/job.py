@@ -30,6 +30,7 @@ from opmix_dist.exchange.opening import open_run
 from opmix_dist.exchange.rundir import RunDir, write_record
 from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, Stopped, Summary
 from opmix_dist.faults import points
+from opmix_dist.hang import HangGuard
 from opmix_dist.ledger import Ledger
 from opmix_dist.logs import set_up_logging
 from opmix_dist.methods.base import MethodAround
@@ -95,7 +96,12 @@ def run_job(config: RunConfig) -> Stopped | None:
     check_tokenizer(config.model, catalogue)
     if config.deterministic:
         use_deterministic_kernels()
-    world = World.join(placement, device=config.engine.device, timeout_s=config.engine.collective_timeout_s)
+    world = World.join(
+        placement,
+        device=config.engine.device,
+        timeout_s=config.engine.collective_timeout_s,
+        guard=_guard(run, config, placement),
+    )
     try:
         stopped = Job(run, config, world, catalogue, weights, stop).run_to_end()
     except BaseException as error:
@@ -104,6 +110,11 @@ def run_job(config: RunConfig) -> Stopped | None:
         raise
     world.leave()
     return stopped
+
+
+def _guard(run: RunDir, config: RunConfig, placement: Placement) -> HangGuard | None:
+    limit_s = config.train.hang_timeout_s
+    return HangGuard(placement.role, placement.rank, limit_s, run.hangs) if limit_s is not None else None
 
 
 def check_config_against(config: RunConfig, catalogue: Catalogue, placement: Placement) -> None:
@@ -169,6 +180,7 @@ class Job:
         return Stopped.model_validate_json(self.world.share_text(text))
 
     def _finish(self, trainer: Trainer, last: EvalLine) -> None:
+        self.world.enter("evaluation", trainer.state.step)
         search_losses = trainer.losses_by_domain(self._search_samples()).loss.tolist()
         self._export()
         if self.world.is_leader:

@@ -72,7 +72,9 @@ class ModelWriter:
             if self.world.is_leader:  # what the model computes with besides its parameters
                 share |= self.source.persistent_buffers()
             file = folder / _file(self.world.rank, self.world.size)
+            written = self.world.beside(f"writing {file}")
             mine = self._thread.submit(_write, file, share)
+            mine.add_done_callback(lambda _: written())
             self._writing = _Writing(folder, marker, dtype, extra, mine)
         return failure
 

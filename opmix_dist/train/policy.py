@@ -192,7 +192,14 @@ class OpMixPolicy(MixturePolicy):
                 self._follow_snapshot()
         if not self._failure and not self._answered():
             with around.ledger.aside():  # proposal.json has its costs
-                Searcher(around.run, around.config, around.world, stop=around.stop).answer(self.search)
+                around.world.enter(f"search {self.SEARCH}", around.config.search_step)
+                Searcher(
+                    around.run,
+                    around.config,
+                    around.world,
+                    stop=around.stop,
+                    on_beat=around.world.progress,
+                ).answer(self.search)
 
     def _follow_snapshot(self) -> None:
         """Request the search once all ranks have written. Collective."""
