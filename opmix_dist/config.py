@@ -18,6 +18,7 @@ from opmix_dist.search_config import SearchConfig
 from opmix_dist.settings import Section, check_settings, read_settings
 
 DTypeName = Literal["float32", "bfloat16"]
+ONE_SOURCE = "give exactly one of model.checkpoint and model.config"
 
 
 class ModelConfig(Section):
@@ -39,8 +40,8 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
-        if (self.checkpoint is None) == (self.config is None):
-            raise ValueError("give exactly one of model.checkpoint and model.config")
+        if self.checkpoint is not None and self.config is not None:
+            raise ValueError(f"{ONE_SOURCE}, not both")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("model.config needs `model_type`, for example llama")
         if self.config is not None and self.context is not None:
@@ -53,6 +54,9 @@ class DataConfig(Section):
         description="folder or fsspec URL of what `opmix prepare --out` made: a folder per domain"
     )
     domains: list[str] | None = Field(None, description="domains to use, in this order; null takes all")
+ReplaySamples = Annotated[int, Field(ge=1)]
+
+
     num_workers: int = Field(0, ge=0, description="loader processes per trainer rank; 0 reads in-process")
     prefetch_batches: int = Field(2, ge=1, description="batches that each loader process keeps ready")
     shuffle_block: int = Field(
@@ -72,6 +76,14 @@ class DataConfig(Section):
     )
     cache_limit: Annotated[ByteSize, Field(gt=0)] | None = Field(
         None, description="most that the cache may hold, such as 200GB; null: all shards"
+    replay_samples: ReplaySamples | dict[str, ReplaySamples] | None = Field(
+        None,
+        description="train on so many samples only, chosen by seed, of each domain that start.run's history "
+        "has, or by name; epochs are counted over them; null: all samples",
+    )
+    watch: list[str] = Field(
+        default_factory=list, description="domains that are evaluated with the others, and not trained on"
+    )
     )
     verify_shards: Literal["never", "fetch", "always"] = Field(
         "fetch",
@@ -244,6 +256,9 @@ class ScheduleConfig(Section):
 
 
 class TrainConfig(Section):
+    warmup_from: float = Field(
+        0.0, ge=0, le=1, description="learning rate that warm-up begins at, over the peak"
+    )
     steps: int = Field(ge=1, description="optimiser steps of the run")
     global_batch_size: int = Field(ge=1, description="samples per step over all trainer ranks")
     micro_batch_size: int = Field(ge=1, description="samples per forward pass on one rank")
@@ -254,6 +269,7 @@ class TrainConfig(Section):
     )
     on_bad_step: Literal["stop", "skip", "rollback"] = Field(
         "stop",
+    eval_at_start: bool = Field(False, description="evaluate before the first step too")
         description="a NaN, inf or spike: stop; leave its batch out; or go back to the newest checkpoint and "
         "on with the data behind its batch",
     )
@@ -295,11 +311,15 @@ class CheckpointConfig(Section):
 
 class MixtureConfig(Section):
     policy: Literal["static", "opmix"] = Field("opmix", description="who decides the mixture during the run")
-    initial: Literal["uniform", "natural"] | dict[str, float] = Field(
+    initial: MixtureName | dict[str, float] = Field(
         "uniform",
-        description="mixture at step 0; natural is in proportion to samples; or weights that sum to 1",
+        description="mixture at step 0; natural is in proportion to samples; after start.run, `old` is what "
+        "the model has read and `new` the other domains; or weights that sum to 1, of domains, old and new",
+MixtureName = Literal["uniform", "natural", "old", "new"]
+
+
     )
-    schedule: dict[Annotated[int, Field(ge=1)], Literal["uniform", "natural"] | dict[str, float]] = Field(
+    schedule: dict[Annotated[int, Field(ge=1)], MixtureName | dict[str, float]] = Field(
         default_factory=dict,
         description="static policy: step to the mixture from it on; a resume may change it for coming steps",
     )
@@ -366,7 +386,7 @@ class SharedConfig(Section):
     seed: int = Field(0, ge=0, description="seed of weights, data order, probes and candidates")
     resume: Literal["auto", "never"] = Field("auto", description="auto continues what is in run_dir")
     deterministic: bool = Field(False, description="deterministic kernels only (slower on GPUs)")
-    model: ModelConfig
+    model: ModelConfig = ModelConfig()
     data: DataConfig
     engine: EngineConfig = EngineConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -403,9 +423,29 @@ class RunConfig(SharedConfig):
 
     schedule: ScheduleConfig = ScheduleConfig()
     method: MethodConfig = MethodConfig()
+class StartConfig(Section):
+    """What an earlier run hands on to this one."""
+
+    run: str | None = Field(
+        None,
+        description="folder of an ended run to go on from: its weights and what it has read, in place of "
+        "model.checkpoint and model.config",
+    )
+    optimizer: Literal["fresh", "keep"] = Field(
+        "fresh", description="AdamW's moments: none, or those of that run's last checkpoint"
+    )
+
+    @model_validator(mode="after")
+    def _whose_moments(self) -> StartConfig:
+        if self.run is None and self.optimizer == "keep":
+            raise ValueError("start.optimizer keep needs a start.run, whose moments they are")
+        return self
+
+
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     pool: PoolConfig = PoolConfig()
+    start: StartConfig = StartConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")
@@ -419,7 +459,10 @@ class RunConfig(SharedConfig):
 
     @property
     def search_step(self) -> int:
-        """The step boundary at which the search starts, at least 1 and before the last step."""
+        """The step boundary at which the search starts: before the last step, and at least 1 where the search
+        is not to come before the first."""
+        if self.search.start_fraction == 0:
+            return 0
         return min(max(1, round(self.search.start_fraction * self.train.steps)), max(1, self.train.steps - 1))
 
 

@@ -154,10 +154,16 @@ class ProposalConfig(Section):
 
 class SearchConfig(Section):
     mode: Literal["sync", "async"] = Field("sync", description="wait for the proposal, or train on meanwhile")
-    start_fraction: float = Field(0.2, gt=0, lt=1, description="share of the steps before the search")
-    new_domain: str | None = Field(
-        None,
-        description="a domain that joins: two probes, 10% and 90% of it, in place of one for each domain",
+    start_fraction: float = Field(
+        0.2,
+        ge=0,
+        lt=1,
+        description="share of the steps before the search; 0, before the first step, needs a start.run",
+    )
+    new_domains: list[str] = Field(
+        default_factory=list,
+        description="domains that join, each with a probe, beside one for all others; of one domain the two "
+        "probes are on 10% and 90%. After start.run, empty takes those that it has not read",
     )
     method: Literal["law", "gradient"] = Field(
         "law", description="laws fitted to candidates (paper), or descent along exact gradients without laws"
@@ -208,5 +214,8 @@ class SearchConfig(Section):
                 )
         if sum(proposal.floors.values()) > 1:
             raise UserError(f"search.proposal.floors sum to {sum(proposal.floors.values()):g}: at most 1")
-        if self.new_domain is not None and self.new_domain not in names:
-            raise UserError(f"search.new_domain names `{self.new_domain}`, which is no domain of {where}")
+        for name in self.new_domains:
+            if name not in names:
+                raise UserError(f"search.new_domains names `{name}`, which is no domain of {where}")
+            if self.new_domains.count(name) > 1:
+                raise UserError(f"search.new_domains names `{name}` twice")

@@ -100,11 +100,13 @@ def _checkpoint(given: str) -> str:
 
 def _trained_on(config: SearchRunConfig, catalogue: Catalogue) -> dict[str, float]:
     """``mixture.initial`` by domain; a mixture by name is one of the domains that are not new."""
-    weights, new = chosen_mixture(config.mixture.initial, catalogue), config.search.new_domain
-    if new is None or isinstance(config.mixture.initial, dict):
+    weights, new = chosen_mixture(config.mixture.initial, catalogue), config.search.new_domains
+    if not new or isinstance(config.mixture.initial, dict):
         return weights
-    old = sum(weight for name, weight in weights.items() if name != new)
-    return {name: 0.0 if name == new else weight / old for name, weight in weights.items()}
+    old = sum(weight for name, weight in weights.items() if name not in new)
+    if not old:
+        return weights  # which the request refuses
+    return {name: 0.0 if name in new else weight / old for name, weight in weights.items()}
 
 
 def _check(config: SearchRunConfig, catalogue: Catalogue, sources: Mapping[str, MixtureSource]) -> None:

@@ -170,8 +170,11 @@ def test_kill_9_in_the_evaluation_and_go_on(tiny_data: Path, checkpoint: Path, t
         (["--model.checkpoint=/nowhere/at/all"], "model.checkpoint /nowhere/at/all is no folder"),
         (["--data.domains=[json, web]"], "web"),
         (["--mixture.initial={json: 0.5}"], "mixture.initial sums to 0.5"),
-        (["--search.new_domain=json"], "search.new_domain json has a share of 0.5 in the current mixture"),
-        (["--search.new_domain=web"], "search.new_domain names `web`"),
+        (
+            ["--search.new_domains=[json]"],
+            "search.new_domains: json has a share of 0.5 in",
+        ),
+        (["--search.new_domains=[web]"], "search.new_domains names `web`"),
         (["--search.proposal.floors={web: 0.1}"], "floors names `web`"),
         (["--source", "web=/corpora/web"], "--source web"),
     ],

@@ -15,8 +15,8 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -105,6 +105,9 @@ class Catalogue:
     domains: dict[str, DomainInfo]
     store: ShardStore | None = None
     """Where the shards come from; None: they lie in ``root``. With a store, ``root`` is its cache."""
+    kept: Mapping[str, int] = field(default_factory=dict)
+    """Training samples that are used of domains of which not all are; see :meth:`keeping`."""
+    kept_seed: int = 0
 
     @classmethod
     def open(cls, root: str | Path, domains: Sequence[str] | None = None) -> Catalogue:
@@ -149,8 +152,30 @@ class Catalogue:
         return self.root / name / split
 
     def samples(self, split: Split) -> np.ndarray:
-        """Samples per domain, int64 [D]."""
-        return np.array([self.domains[name].splits[split].samples for name in self.names], dtype=np.int64)
+        """Samples per domain that are used, int64 [D]."""
+        stored = [self.domains[name].splits[split].samples for name in self.names]
+        if split == "train":
+            stored = [self.kept.get(name, count) for name, count in zip(self.names, stored, strict=True)]
+        return np.array(stored, dtype=np.int64)
+
+    def keeping(self, samples: Mapping[str, int], *, seed: int) -> Catalogue:
+        """The same domains with training samples that are a part of all: a replay store.
+
+        Args:
+            samples: by domain; those that are not named, and those that have no more, keep all.
+            seed: of the choice, which depends on nothing else but the domain's name and shards.
+
+        Raises:
+            UserError: a domain that is not there.
+        """
+        for name in samples:
+            if name not in self.names:
+                raise UserError(
+                    f"data.replay_samples names `{name}`, which is no domain of {self.root}: it has "
+                    f"{', '.join(self.names)}"
+                )
+        kept = {n: count for n, count in samples.items() if count < self.domains[n].splits["train"].samples}
+        return replace(self, kept=kept, kept_seed=seed)
 
     def load_tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer that made the samples."""

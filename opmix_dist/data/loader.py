@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +27,7 @@ from opmix_dist.data.catalogue import Catalogue, Split
 from opmix_dist.data.fetcher import Fetcher
 from opmix_dist.data.lookahead import Lookahead
 from opmix_dist.data.remote import open_catalogue
+from opmix_dist.data.replay import ReplaySplit
 from opmix_dist.data.sampler import SHUFFLE_BLOCK, MixtureSampler, Position
 from opmix_dist.data.samples import Sample
 from opmix_dist.data.shards import ShardedSplit, import_reader
@@ -214,7 +215,11 @@ class MixtureLoader:
         """Open more domains; the old ones keep their numbers."""
         store = self.catalogue.store
         root = store.remote if store else str(self.catalogue.root)
-        catalogue = open_catalogue(root, [*self.names, *joining], store)
+        catalogue = replace(
+            open_catalogue(root, [*self.names, *joining], store),
+            kept=self.catalogue.kept,
+            kept_seed=self.catalogue.kept_seed,
+        )
         reader = _SampleReader(catalogue, self._split, self._options)
         trial = self._sampler.copy()
         trial.add_domains(reader.shard_sizes(joining), max_epochs)
@@ -380,15 +385,13 @@ class _SampleReader(Dataset[Sample]):
     def __init__(self, catalogue: Catalogue, split: Split, options: ReadOptions) -> None:
         self.names, self.vocab_size = catalogue.names, catalogue.vocab_size
         self.length = catalogue.sequence_length
-        self.splits = [
-            ShardedSplit(catalogue.split_dir(name, split), catalogue.store, verify=options.verify)
-            for name in catalogue.names
-        ]
-        for name, shards, samples in zip(self.names, self.splits, catalogue.samples(split), strict=True):
-            if len(shards) != samples:
+        self.splits = [_open_split(catalogue, name, split, options) for name in catalogue.names]
+        for name, shards in zip(self.names, self.splits, strict=True):
+            samples = catalogue.domains[name].splits[split].samples
+            if shards.stored_samples != samples:
                 raise UserError(
-                    f"domain {name}: {shards.local} has {len(shards)} samples, its domain.json says "
-                    f"{samples}; prepare it again"
+                    f"domain {name}: {shards.local} has {shards.stored_samples} samples, its domain.json "
+                    f"says {samples}; prepare it again"
                 )
 
     def shard_sizes(self, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -422,6 +425,15 @@ class _SampleReader(Dataset[Sample]):
             return stack([self.read(domain, sample) for domain, sample in rows], self.length)
         except UserError as error:
             return error
+
+
+def _open_split(catalogue: Catalogue, name: str, split: Split, options: ReadOptions) -> ShardedSplit:
+    """Of one domain, what of it is used."""
+    local, store = catalogue.split_dir(name, split), catalogue.store
+    if split == "train" and name in catalogue.kept:
+        seed = derive_seed(catalogue.kept_seed, name)
+        return ReplaySplit(local, store, verify=options.verify, samples=catalogue.kept[name], seed=seed)
+    return ShardedSplit(local, store, verify=options.verify)
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,7 @@ class ShardedSplit:
         self.shard_sizes = np.array([shard.samples for shard in index.shards], dtype=np.int64)
         self._columns = index.shards[0].column_names, index.shards[0].column_encodings
         self._ends = np.cumsum(self.shard_sizes)
+        self.stored_samples = int(self._ends[-1])
         self._ready = np.zeros(len(self.files), dtype=bool)
         self._touched = np.zeros(len(self.files))
         self._readers: OrderedDict[int, Any] = OrderedDict()
@@ -136,8 +137,7 @@ class ShardedSplit:
         """
         if not 0 <= sample_id < len(self):
             raise IndexError(f"sample {sample_id} of {len(self)} in {self.local}")
-        shard = int(np.searchsorted(self._ends, sample_id, side="right"))
-        row = int(sample_id - (self._ends[shard] - self.shard_sizes[shard]))
+        shard, row = self._find(sample_id)
         for _ in range(READ_ATTEMPTS):
             try:
                 self._require_here(shard)
@@ -149,6 +149,11 @@ class ShardedSplit:
         raise self._damaged(
             shard, f"was removed {READ_ATTEMPTS} times before it was read: is the cache too small?"
         )
+
+    def _find(self, sample_id: int) -> tuple[int, int]:
+        """The shard that holds a sample, and the sample's number in it."""
+        shard = int(np.searchsorted(self._ends, sample_id, side="right"))
+        return shard, int(sample_id - (self._ends[shard] - self.shard_sizes[shard]))
 
     def _require_here(self, shard: int) -> None:
         """Have the shard's file here, whole."""

@@ -72,8 +72,9 @@ class SearchRequest(Record):
     """Folder of the model within the run directory."""
     is_checkpoint: bool = False
     """``snapshot`` is a Hugging Face folder or hub id instead: a search alone writes no copy of the model."""
-    new_domain: Name | None = None
-    """The domain that joins: two probes, 10% and 90% of it; None: a probe for each domain."""
+    new_domains: list[Name] = Field(default_factory=list)
+    """Domains that join, with a probe each: of one, the two probes have 10% and 90%; none: a probe for each
+    domain."""
     components: list[Name]
     domains: list[Name]
     composition: list[list[Finite]]
@@ -86,6 +87,16 @@ class SearchRequest(Record):
     """Least share of each domain [domains]."""
     base_lr: float = Field(gt=0)
     seed: int = Field(ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _was_one(cls, given: object) -> object:
+        """Searches that were requested when one domain at a time could join."""
+        if not isinstance(given, dict) or "new_domain" not in given:
+            return given
+        one = given["new_domain"]
+        rest = {key: value for key, value in given.items() if key != "new_domain"}
+        return rest | {"new_domains": [] if one is None else [one]}
 
     @model_validator(mode="after")
     def _shapes(self) -> SearchRequest:
@@ -358,6 +369,8 @@ class Summary(Record):
     final_search_loss: dict[str, float]
     """On the held-out samples that searches evaluate candidates on; those of ``final_loss`` are others."""
     mixture: dict[str, float]
+    history: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
+    """Tokens that the model had read of each domain before this run began."""
     costs: dict[str, PhaseCost]
     parameters: int
     world_size: int

@@ -84,8 +84,9 @@ def components(config: RunConfig, domains: int) -> list[str]:
     """What a search has a probe for."""
     names = [f"domain {i}" for i in range(domains)]
     shares = np.full(domains, 1 / domains)
-    if config.search.new_domain is not None:
-        return list(Components.for_one_new_domain(names[1:], shares[1:] / shares[1:].sum(), "new").names)
+    if joining := len(config.search.new_domains):
+        old, new = names[joining:], names[:joining]
+        return list(Components.for_new_domains(old, np.full(len(old), 1 / len(old)), new).names)
     return list(Components.for_rebalance(names, shares, config.search.probes.domain_share).names)
 
 

@@ -25,7 +25,7 @@ from opmix_dist.exchange.schemas import (
 )
 from opmix_dist.models.loss import paired_stderr
 from opmix_dist.pool.evaluations import Evaluations
-from opmix_dist.pool.requests import staying
+from opmix_dist.pool.requests import keeps_old, newcomers, staying
 from opmix_dist.search.ask_tell import SearchResult, best_measured
 from opmix_dist.search.bootstrap import Bootstrap
 from opmix_dist.search.decision import decide
@@ -82,6 +82,11 @@ class Outcome:
         """Losses [D] by the law at u [K], of what is simulated there; None without a law."""
         return None if self.law is None else self.law.predict(u[None])[0]
 
+    @property
+    def _may_average(self) -> bool:
+        """Whether staying may mix any number of probes."""
+        return keeps_old(self.request) and not self.request.new_domains
+
     @cached_property
     def gain(self) -> Gain:
         """Of the proposal over staying."""
@@ -102,7 +107,7 @@ class Outcome:
                 self.base.domain_ids,
             ),
             optimism=self.optimism,
-            averaging=None if self.request.new_domain else float(value(alone) - value(stay)),
+            averaging=float(value(alone) - value(stay)) if self._may_average else None,
         )
 
     @cached_property
@@ -111,9 +116,10 @@ class Outcome:
         alike, as far as the current mixture can be reached so."""
         if not self.settings.no_move:
             return Decision(move=True, reason="search.proposal.no_move is off: the proposal is taken")
-        if self.request.new_domain:
+        if joining := newcomers(self.request):
+            verb, them = ("joins", "it") if len(joining) == 1 else ("join", "them")
             return Decision(
-                move=True, reason=f"{self.request.new_domain} joins: the mixture without it ends here"
+                move=True, reason=f"{', '.join(joining)} {verb}: the mixture without {them} ends here"
             )
         broken = self.problem.violations(self.stay.losses.loss[0], self.keep)
         if broken:
@@ -295,7 +301,7 @@ def _warnings(outcome: Outcome) -> Iterator[str]:
     if broken:
         yield f"simulated at the proposal, a bound does not hold: {'; '.join(broken)}"
     mixed, reached = (1 / float(u @ u) for u in (outcome.u, outcome.keep))
-    if mixed > MORE_PROBES * reached and not outcome.request.new_domain:
+    if mixed > MORE_PROBES * reached and not outcome.request.new_domains:
         yield (
             f"the proposal mixes {mixed:.3g} probes in effect, the current mixture can be reached with "
             f"{reached:.3g} at most: some of the measured gain is that of averaging probes"

@@ -8,11 +8,11 @@ import numpy as np
 
 from opmix_dist.config import SharedConfig
 from opmix_dist.data.catalogue import Catalogue
-from opmix_dist.data.mixtures import named_mixture
+from opmix_dist.data.mixtures import NO_HISTORY, named_mixture, new_domains, old_mixture
 from opmix_dist.errors import UserError
 from opmix_dist.exchange.schemas import SearchRequest
 from opmix_dist.search.proposal import repetition_caps
-from opmix_dist.search.simplex import OLD, Components
+from opmix_dist.search.simplex import OLD, Components, nearest_coefficients
 from opmix_dist.seeds import derive_seed
 
 
@@ -35,35 +35,37 @@ def search_request(
     tokens_read: Mapping[str, int],
     tokens_to_train: int | None,
     is_checkpoint: bool = False,
+    history: Mapping[str, int] = NO_HISTORY,
 ) -> SearchRequest:
     """The request of the search named ``search``.
 
     Args:
         snapshot, is_checkpoint: as in :class:`~opmix_dist.exchange.schemas.SearchRequest`.
         current: the mixture that the model was trained on, by domain.
-        tokens_read: of each domain so far.
+        tokens_read: of each domain so far, in this run.
         tokens_to_train: on the mixture that is sought; None: not known, and nothing is capped for it.
+        history: tokens of each domain before this run, where it goes on from another: what was read then and
+            now is the old mixture, in place of ``current``.
 
     Raises:
-        UserError: ``search.new_domain`` is all that there is, or has a share already.
+        UserError: there is nothing but new domains; one has a share already, of which no history tells; or
+            the prior keeps one out.
     """
     settings = config.search
-    components = _components(config, catalogue, current)
-    prior = named_mixture(settings.proposal.prior, catalogue, current)
-    if settings.new_domain and settings.proposal.prior == "current":
-        # the current mixture would keep the new domain out for good: its nearest component is what pulls
-        prior = dict(zip(catalogue.names, components.matrix[0].tolist(), strict=True))
+    new = settings.new_domains or new_domains(catalogue.names, history)
+    tokens = {name: history.get(name, 0) + tokens_read[name] for name in catalogue.names} if history else {}
+    components = _components(config, catalogue, current, new, tokens)
     return SearchRequest(
         search=search,
         step=step,
         snapshot=snapshot,
         is_checkpoint=is_checkpoint,
-        new_domain=settings.new_domain,
+        new_domains=new,
         components=list(components.names),
         domains=list(catalogue.names),
         composition=components.matrix.tolist(),
         current=dict(current),
-        prior=prior,
+        prior=_prior(config, catalogue, current, new, components),
         floors=_by_domain(settings.proposal.floors, catalogue, 0.0),
         caps=share_caps(config, catalogue, tokens_read, tokens_to_train),
         base_lr=config.optimizer.lr,
@@ -71,22 +73,58 @@ def search_request(
     )
 
 
-def _components(config: SharedConfig, catalogue: Catalogue, current: Mapping[str, float]) -> Components:
-    names, new = catalogue.names, config.search.new_domain
-    if new is None:
-        shares = np.array([current[name] for name in names])
-        return Components.for_rebalance(names, shares, config.search.probes.domain_share)
-    old = [name for name in names if name != new]
+def _components(
+    config: SharedConfig,
+    catalogue: Catalogue,
+    current: Mapping[str, float],
+    new: Sequence[str],
+    tokens: Mapping[str, int],
+) -> Components:
+    """Args:
+    tokens: read of each domain, now and before this run; empty: ``current`` tells what was read.
+    """
+    names, share = catalogue.names, config.search.probes.domain_share
+    old = [name for name in names if name not in new]
     if not old:
-        raise UserError(f"search.new_domain {new} is the only domain of data.domains: name the old ones too")
-    if current[new] > 0:
         raise UserError(
-            f"search.new_domain {new} has a share of {current[new]:g} in the current mixture already: leave "
-            "search.new_domain out to rebalance"
+            f"data.domains has new domains only ({', '.join(new)}): name old ones too, or leave "
+            "search.new_domains out"
         )
-    found = Components.for_one_new_domain(old, np.array([current[name] for name in old]), new)
+    for name in new:
+        if current[name] > 0 and not tokens:
+            raise UserError(
+                f"search.new_domains: {name} has a share of {current[name]:g} in the current mixture "
+                "already: leave it out to rebalance"
+            )
+    mixture = old_mixture(tokens, old) if tokens else np.array([current[name] for name in old])
+    if not new:
+        return Components.for_rebalance(names, mixture, share)
+    found = Components.for_new_domains(old, mixture, new, share)
     order = [found.domains.index(name) for name in names]
     return Components(found.names, tuple(names), found.matrix[:, order])
+
+
+def _prior(
+    config: SharedConfig,
+    catalogue: Catalogue,
+    current: Mapping[str, float],
+    new: Sequence[str],
+    components: Components,
+) -> dict[str, float]:
+    """What the KL term pulls towards. A current mixture without the one domain that joins would keep it out
+    for good: the component nearest to it pulls then."""
+    chosen = config.search.proposal.prior
+    prior = named_mixture(chosen, catalogue, current)
+    if chosen == "current" and len(new) == 1 and not current[new[0]]:
+        return dict(zip(catalogue.names, components.matrix[0].tolist(), strict=True))
+    if new and config.search.proposal.kl > 0:
+        for name, shares in zip(catalogue.names, components.matrix.T, strict=True):
+            if shares.any() and not prior[name]:
+                raise UserError(
+                    f"search.proposal.prior {chosen} has no share of {name}, and its KL would keep it out: "
+                    "give it one in mixture.initial, or set search.proposal.prior to uniform"
+                )
+    return prior
 
 
 def _by_domain(given: Mapping[str, float], catalogue: Catalogue, default: float) -> list[float] | None:
@@ -119,6 +157,18 @@ def share_caps(
     ).tolist()
 
 
+def keeps_old(request: SearchRequest) -> bool:
+    """Whether the component ``old`` is the current mixture: not so where a domain has a tenth of it, or where
+    the model comes from other runs that had other mixtures."""
+    old = np.array(request.composition[request.components.index(OLD)])
+    return bool(np.allclose(old, [request.current[name] for name in request.domains], rtol=0, atol=1e-9))
+
+
+def newcomers(request: SearchRequest) -> list[str]:
+    """New domains that have no share in the current mixture."""
+    return [name for name in request.new_domains if not request.current[name]]
+
+
 def staying(request: SearchRequest, like: np.ndarray | None = None) -> np.ndarray:
     """Coefficients u [K] of going on as before: the component ``old`` alone.
 
@@ -128,10 +178,16 @@ def staying(request: SearchRequest, like: np.ndarray | None = None) -> np.ndarra
     taken whose sum u^2, the inverse of the effective number of probes, is nearest to that of ``like``; of
     two, the one with the nearer weight of ``old``.
 
-    For a new domain, ``old`` has a tenth of it: the nearest to going on as before that a search knows.
+    Where ``old`` is not the current mixture, the u whose C^T u is nearest to it. Of one domain that joins and
+    has no share yet, that is ``old``, which has a tenth of it.
     """
     alone = np.eye(len(request.components))[request.components.index(OLD)]
-    if like is None or request.new_domain:
+    if not keeps_old(request):
+        if len(request.new_domains) == 1 and newcomers(request):
+            return alone
+        current = np.array([request.current[name] for name in request.domains])
+        return nearest_coefficients(current, np.array(request.composition), like)
+    if like is None or request.new_domains:
         return alone
     spread = np.array([0.0 if name == OLD else request.current[name] for name in request.components])
     s, target = spread @ spread, like @ like  # sum u^2 is a^2 + (1 - a)^2 s, least at a = s / (1 + s)

@@ -21,9 +21,10 @@ import torch
 from transformers import PreTrainedModel
 
 from opmix_dist.config import SharedConfig
-from opmix_dist.data.build import held_out_samples, open_data
+from opmix_dist.data.build import held_out_samples
 from opmix_dist.distributed import PeerError, World
 from opmix_dist.errors import UserError
+from opmix_dist.exchange.history import open_domains
 from opmix_dist.exchange.rundir import RunDir, SearchDir
 from opmix_dist.exchange.schemas import SearchRequest, SearchStage
 from opmix_dist.ledger import Ledger
@@ -196,7 +197,7 @@ class _Search:
         # impossible shares are known before any probe is trained; the losses now are not
         unknown = np.ones(len(self.request.domains))
         require_feasible_shares(search_problem(self.request, settings.proposal, unknown))
-        self.catalogue = open_data(self.config.data, self.request.domains)
+        self.catalogue = open_domains(self.config, self.request.domains)
         self.heldout = held_out_samples(
             self.config.data,
             self.catalogue,

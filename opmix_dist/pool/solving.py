@@ -76,7 +76,7 @@ def search_method(problem: Problem, request: SearchRequest, settings: SearchConf
 def first_candidates(request: SearchRequest, settings: CandidateConfig) -> np.ndarray:
     """What laws begin with, U [M, K]. The current mixture is one of them by default: Dirichlet draws over
     many components lie far from it, and a law that has to extrapolate to it misjudges what moving gains."""
-    if request.new_domain:
+    if len(request.new_domains) == 1:
         return two_probe_candidates(np.array(request.composition))
     components = len(request.components)
     fixed = staying(request)[None] if settings.include_current else np.zeros((0, components))

@@ -85,6 +85,29 @@ class Components:
         rows = [np.append((1 - share) * old, share) for share in TWO_PROBE_SHARES]
         return cls((OLD, new_domain), (*old_domains, new_domain), np.vstack(rows))
 
+    @classmethod
+    def for_new_domains(
+        cls,
+        old_domains: Sequence[str],
+        old_mixture: np.ndarray,
+        new_domains: Sequence[str],
+        domain_share: float = 0.9,
+    ) -> Components:
+        """Of one new domain as ``for_one_new_domain``; of K of them K + 1 probes: ``old`` (the old mixture p
+        itself), then per new domain d a probe on domain_share d + the rest of p."""
+        if len(new_domains) == 1:
+            return cls.for_one_new_domain(old_domains, old_mixture, new_domains[0])
+        if not new_domains or not 0 < domain_share <= 1:
+            raise ValueError(
+                f"need a new domain and a domain_share above 0 and at most 1, got {len(new_domains)} and "
+                f"{domain_share}"
+            )
+        count = len(new_domains)
+        old = np.append(_mixture_over(old_domains, old_mixture), np.zeros(count))
+        pure = np.hstack([np.zeros((count, len(old_domains))), np.eye(count)])
+        probes = domain_share * pure + (1 - domain_share) * old
+        return cls((OLD, *new_domains), (*old_domains, *new_domains), np.vstack([old, probes]))
+
 
 def _mixture_over(domains: Sequence[str], mixture: np.ndarray) -> np.ndarray:
     if len(domains) == 0:
@@ -162,11 +185,7 @@ def coefficients_of(
     ]
     if missed:
         raise ValueError(f"no weights of the components give {', '.join(missed)}")
-    # C^T u = x as independent equations: the rows of C may depend on each other, and domains outnumber them
-    left, strength, right = np.linalg.svd(composition.T, full_matrices=False)
-    kept = strength > 1e-9 * strength[0]
-    independent = [right[kept] @ u == (nearest @ left[:, kept]) / strength[kept]]
-    return _solved(u, cp.sum_squares(u), independent)
+    return _solved(u, cp.sum_squares(u), _reaching(nearest, composition, u))
 
 
 def _solved(u: cp.Variable, objective: cp.Expression, constraints: list[cp.Constraint]) -> np.ndarray:
@@ -175,6 +194,42 @@ def _solved(u: cp.Variable, objective: cp.Expression, constraints: list[cp.Const
     assert u.value is not None  # the constraints can always be met
     weights = np.clip(u.value, 0, None)
     return weights / weights.sum()
+
+
+def nearest_coefficients(
+    mixture: np.ndarray, composition: np.ndarray, like: np.ndarray | None = None
+) -> np.ndarray:
+    """u [K] on the simplex whose C^T u is nearest to x in the sum of squares.
+
+    Of several such u, that of the least sum of u^2, which mixes most probes; with coefficients ``like`` [K]
+    to compare with, one that mixes about as many as those do: on the way from there to the u that has most of
+    the first component, the point whose sum of squares is nearest to that of ``like``.
+
+    Args:
+        mixture: x [X]; composition: C [K, X].
+    """
+    u = cp.Variable(len(composition), nonneg=True)
+    nearest = _solved(u, cp.norm(composition.T @ u - mixture), [cp.sum(u) == 1]) @ composition
+    reached = _reaching(nearest, composition, u)
+    most = _solved(u, cp.sum_squares(u), reached)
+    if like is None:
+        return most
+    first = _solved(u, -u[0], reached)
+    along = first - most
+    # |most + t along|^2 = |like|^2; `most` is the least, so that it grows with t
+    a, b, c = along @ along, 2 * (most @ along), most @ most - like @ like
+    if a < ROUNDING or c >= 0:
+        return most
+    t = (-b + np.sqrt(b * b - 4 * a * c)) / (2 * a)
+    return most + min(float(t), 1.0) * along
+
+
+def _reaching(mixture: np.ndarray, composition: np.ndarray, u: cp.Variable) -> list[cp.Constraint]:
+    """C^T u = x, of an x that can be reached, as independent equations: the rows of C may depend on each
+    other, and domains outnumber them."""
+    left, strength, right = np.linalg.svd(composition.T, full_matrices=False)
+    kept = strength > 1e-9 * strength[0]
+    return [right[kept] @ u == (mixture @ left[:, kept]) / strength[kept]]
 
 
 def two_probe_candidates(composition: np.ndarray) -> np.ndarray:

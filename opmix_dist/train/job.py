@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 import numpy
@@ -11,11 +12,11 @@ import torch
 import transformers
 
 from opmix_dist import __version__
-from opmix_dist.config import RESUME_MAY_CHANGE, RunConfig
+from opmix_dist.config import RESUME_MAY_CHANGE, CheckpointConfig, RunConfig
 from opmix_dist.data.build import held_out_samples, open_data, read_options
 from opmix_dist.data.catalogue import Catalogue
 from opmix_dist.data.loader import EvalSet, MixtureLoader
-from opmix_dist.data.mixtures import chosen_mixture
+from opmix_dist.data.mixtures import check_group_names, chosen_mixture
 from opmix_dist.determinism import (
     require_repeatable_run,
     require_repeatable_search,
@@ -26,6 +27,7 @@ from opmix_dist.engines.base import Engine
 from opmix_dist.engines.build import build_engine
 from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
+from opmix_dist.exchange.history import history_of, open_domains, start_run, starting_model
 from opmix_dist.exchange.opening import open_run
 from opmix_dist.exchange.rundir import RunDir, write_record
 from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, Stopped, Summary
@@ -61,7 +63,7 @@ from opmix_dist.train.model_writer import ModelWriter
 from opmix_dist.train.policy import POLICIES, Surroundings, check_schedule
 from opmix_dist.train.ranks import check_ranks
 from opmix_dist.train.state import TrainerState
-from opmix_dist.train.trainer import Trainer
+from opmix_dist.train.trainer import HeldOut, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -87,13 +89,13 @@ def run_job(config: RunConfig) -> Stopped | None:
     if placement.role is Role.POOL:
         Supervisor(run, config, placement).supervise()
         return None
-    catalogue = open_data(config.data)
-    weights = chosen_mixture(config.mixture.initial, catalogue, "mixture.initial")
+    catalogue, history = open_domains(config), history_of(config)
+    weights = chosen_mixture(config.mixture.initial, catalogue, "mixture.initial", history)
     for step, chosen in config.mixture.schedule.items():
-        chosen_mixture(chosen, catalogue, f"mixture.schedule.{step}")
+        chosen_mixture(chosen, catalogue, f"mixture.schedule.{step}", history)
     check_config_against(config, catalogue, placement)
     require_repeatable_run(config)
-    check_tokenizer(config.model, catalogue)
+    check_tokenizer(starting_model(config), catalogue)
     if config.deterministic:
         use_deterministic_kernels()
     world = World.join(
@@ -103,7 +105,7 @@ def run_job(config: RunConfig) -> Stopped | None:
         guard=_guard(run, config, placement),
     )
     try:
-        stopped = Job(run, config, world, catalogue, weights, stop).run_to_end()
+        stopped = Job(run, config, world, catalogue, history, weights, stop).run_to_end()
     except BaseException as error:
         world.explain(error)
         world.abandon()
@@ -120,6 +122,8 @@ def _guard(run: RunDir, config: RunConfig, placement: Placement) -> HangGuard | 
 def check_config_against(config: RunConfig, catalogue: Catalogue, placement: Placement) -> None:
     """What the configuration alone cannot tell: sizes that depend on the data and the number of ranks."""
     check_ranks(config, placement.size)
+    if config.start.run is not None:
+        check_group_names(catalogue.names)
     if config.mixture.policy == "opmix":
         check_components(catalogue.names)
         if not (config.pool.ranks or config.pool.external):
@@ -136,11 +140,12 @@ class Job:
         config: RunConfig,
         world: World,
         catalogue: Catalogue,
+        history: Mapping[str, int],
         weights: dict[str, float],
         stop: StopSignals,
     ) -> None:
         self.run, self.config, self.world = run, config, world
-        self.catalogue, self.weights, self.stop = catalogue, weights, stop
+        self.catalogue, self.history, self.weights, self.stop = catalogue, history, weights, stop
 
     def run_to_end(self) -> Stopped | None:
         """Collective. None, or how the run was stopped before."""
@@ -205,7 +210,7 @@ class Job:
             global_batch_size=config.train.global_batch_size,
             rank=engine.replica.rank,
             world_size=engine.replica.size,
-            seed=derive_seed(config.seed, "data"),
+            seed=self._data_seed,
             num_workers=config.data.num_workers,
             prefetch_batches=config.data.prefetch_batches,
             max_epochs=config.data.epochs_by_domain(catalogue.names),
@@ -213,21 +218,30 @@ class Job:
             shuffle_block=config.data.shuffle_block,
             reading=read_options(config.data),
         )
-        heldout = self._report_samples()
+        heldout = self._report_samples(catalogue)
+        watched = self._watched()
         self._search_samples()
         callbacks = self._callbacks(reporter, checkpointer)
         if world.is_leader:  # only now: settings that cannot even be built leave no run behind
             self.run.write_config(config)
         ledger = Ledger(world.size, peak_flops=engine_peak_flops(config.engine, world.device))
         method = build_method(
-            MethodAround(self.run, config, world, engine, source, catalogue, ledger, history={})
+            MethodAround(self.run, config, world, engine, source, catalogue, ledger, self.history)
         )
         state = self._restore(engine, checkpointer, loader)
         ledger.go_on(state.costs)
         recorded = self._recorded()
         check_schedule(config, recorded, state.step)
         around = Surroundings(
-            self.run, config, world, self.writer, catalogue, ledger, reporter.on_search, self.stop
+            self.run,
+            config,
+            world,
+            self.writer,
+            catalogue,
+            ledger,
+            reporter.on_search,
+            self.stop,
+            self.history,
         )
         return Trainer(
             run=self.run,
@@ -237,6 +251,7 @@ class Job:
             catalogue=catalogue,
             loader=loader,
             heldout=heldout,
+            watched=watched,
             policy=POLICIES[config.mixture.policy](around),
             method=method,
             callbacks=callbacks,
@@ -256,7 +271,7 @@ class Job:
             "pad_token_id": tokenizer.pad_token_id,
         }
         source = open_source(
-            self.config.model,
+            starting_model(self.config),
             vocab_size=self.catalogue.vocab_size,
             token_ids=ids,
             seed=derive_seed(self.config.seed, "weights"),
@@ -277,12 +292,27 @@ class Job:
             seed=self.config.seed,
         )
 
-    def _report_samples(self) -> EvalSet:
+    @property
+    def _data_seed(self) -> int:
+        """A run that goes on from another reads the domains that both have in another order."""
+        read = sum(self.history.values())
+        return derive_seed(self.config.seed, "data", *([read] if read else []))
+
+    def _watched(self) -> HeldOut | None:
+        """Domains that are evaluated and not trained on."""
+        names = self.config.data.watch
+        if not names:
+            return None
+        if trained := [name for name in names if name in self.catalogue.names]:
+            raise UserError(f"data.watch names {trained[0]}, which is trained on: it is evaluated anyway")
+        return HeldOut(tuple(names), self._report_samples(open_data(self.config.data, names)))
+
+    def _report_samples(self, catalogue: Catalogue) -> EvalSet:
         """Held-out samples of the reported losses: others than the search chose its mixture on, also where
         there is no search, so that runs can be compared."""
         return held_out_samples(
             self.config.data,
-            self.catalogue,
+            catalogue,
             samples_per_domain=self.config.train.eval_samples_per_domain,
             seed=self.config.seed,
             skip=self.config.search.candidates.samples_per_domain,
@@ -291,6 +321,8 @@ class Job:
     def _restore(self, engine: Engine, checkpointer: Checkpointer, loader: MixtureLoader) -> TrainerState:
         step = checkpointer.newest()
         if step is None:
+            if self.config.start.optimizer == "keep":
+                self._keep_moments(engine)
             return TrainerState(
                 weights=self.weights,
                 domain_tokens=dict.fromkeys(self.catalogue.names, 0),
@@ -319,6 +351,26 @@ class Job:
         state.engine, state.optimizer = engine.layout, engine.optimizer_name
         state.world_size, state.global_batch_size = self.world.size, batch_size
         return state
+
+    def _keep_moments(self, engine: Engine) -> None:
+        """Collective. Those of AdamW at the end of the run that this one goes on from."""
+        run = start_run(self.config)
+        assert run is not None  # checked with the configuration
+        earlier = Checkpointer(run, CheckpointConfig(), self.world)
+        steps = run.complete_checkpoints() if self.world.is_leader else []
+        found = self.world.share([float(max(steps, default=-1))] if self.world.is_leader else None)
+        step, last = int(found[0]), run.summary().steps
+        if step != last:
+            raise UserError(
+                f"start.optimizer keep needs the checkpoint of step {last} in {run.checkpoints}, which is "
+                "missing: set it to fresh"
+            )
+        state = earlier.load(engine, step)
+        if state.optimizer != engine.optimizer_name:
+            raise UserError(
+                f"start.optimizer keep: {run.path} holds the state of {state.optimizer}, and this engine has "
+                f"{engine.optimizer_name}: set it to fresh"
+            )
 
     def _content(self) -> dict[str, str]:
         """Hash of each domain's documents: a resumed run must find the same."""
@@ -392,6 +444,7 @@ class Job:
             domain_tokens=state.domain_tokens,
             final_loss=last.loss,
             final_stderr=last.stderr,
+            history=dict(self.history),
             final_search_loss=dict(zip(self.catalogue.names, search_losses, strict=True)),
             mixture=state.weights,
             costs=trainer.ledger.costs,

@@ -6,14 +6,14 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from opmix_dist.config import RunConfig
 from opmix_dist.data.catalogue import Catalogue
-from opmix_dist.data.mixtures import chosen_mixture
+from opmix_dist.data.mixtures import GROUPS, chosen_mixture
 from opmix_dist.distributed import World
 from opmix_dist.errors import UserError
 from opmix_dist.exchange.rundir import RunDir, SearchDir, write_record
@@ -42,6 +42,8 @@ class Surroundings:
     on_search: Callable[[str, SearchStatus | None], None]
     """Told the search's name and status while its answer is awaited; on the leader."""
     stop: StopSignals
+    history: Mapping[str, int] = field(default_factory=dict)
+    """Tokens that the model had read of each domain before this run."""
 
 
 class MixturePolicy(ABC):
@@ -56,9 +58,14 @@ class MixturePolicy(ABC):
         Returns:
             The decision that takes effect before step ``state.step`` on every rank, or None for no decision.
         """
-        if state.step in recorded:
-            return recorded[state.step]
-        return self._decide(state, recorded)
+        known = recorded.get(state.step)
+        if known is not None and not self.still_open(known):
+            return known
+        return self._decide(state, recorded) or known
+
+    def still_open(self, known: MixtureRecord) -> bool:
+        """Whether another decision may follow ``known`` at its step."""
+        return False
 
     @abstractmethod
     def _decide(self, state: TrainerState, recorded: Mapping[int, MixtureRecord]) -> MixtureRecord | None: ...
@@ -82,7 +89,9 @@ class StaticPolicy(MixturePolicy):
         return MixtureRecord(
             version=state.mixture_version + 1,
             step=state.step,
-            weights=chosen_mixture(chosen, self.around.catalogue, f"mixture.schedule.{state.step}"),
+            weights=chosen_mixture(
+                chosen, self.around.catalogue, f"mixture.schedule.{state.step}", self.around.history
+            ),
             why=self.WHY,
         )
 
@@ -106,7 +115,7 @@ def check_schedule(config: RunConfig, recorded: Mapping[int, MixtureRecord], ste
         if at in recorded and at not in schedule:
             raise UserError(f"mixture.schedule.{at} is missing, which the run has acted on: put it back")
         chosen = schedule.get(at)
-        if at in recorded and isinstance(chosen, dict):
+        if at in recorded and isinstance(chosen, dict) and not chosen.keys() & GROUPS:
             taken = {name: weight for name, weight in recorded[at].weights.items() if weight}
             if taken != {name: weight for name, weight in chosen.items() if weight}:
                 raise UserError(f"mixture.schedule.{at} is not what the run took there: put {taken} back")
@@ -126,6 +135,10 @@ class OpMixPolicy(MixturePolicy):
         self._failure = ""
         self._asked_at: TrainerState | None = None
         """As it was when a snapshot was begun that is not complete yet; on every rank."""
+
+    def still_open(self, known: MixtureRecord) -> bool:
+        """A search before the first step follows the initial mixture, and takes its place."""
+        return self.start == known.step == 0 and known.search is None
 
     def _decide(self, state: TrainerState, recorded: Mapping[int, MixtureRecord]) -> MixtureRecord | None:
         if state.step < self.start or any(r.search == self.SEARCH for r in recorded.values()):
@@ -250,6 +263,7 @@ class OpMixPolicy(MixturePolicy):
             current=state.weights,
             tokens_read=state.domain_tokens,
             tokens_to_train=left,
+            history=self.around.history,
         )
 
     def _look(self, state: TrainerState) -> str:

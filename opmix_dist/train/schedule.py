@@ -10,12 +10,14 @@ from opmix_dist.config import ScheduleConfig
 def learning_rate(config: ScheduleConfig, peak: float, step: int, steps: int) -> float:
     """Learning rate of ``step`` (from 0) in a run of ``steps``.
 
-    Linear warm-up reaches the peak at step ``warmup_steps``. Then ``constant`` stays; ``cosine`` falls along
-    half a period to ``min_lr_ratio * peak``; ``wsd`` (warm-up, stable, decay: MiniCPM, arXiv 2404.06395)
-    stays until the last ``decay_fraction`` of the steps and falls linearly to ``min_lr_ratio * peak``.
+    Linear warm-up goes from ``warmup_from * peak`` to the peak, which step ``warmup_steps`` has. Then
+    ``constant`` stays; ``cosine`` falls along half a period to ``min_lr_ratio * peak``; ``wsd`` (warm-up,
+    stable, decay: MiniCPM, arXiv 2404.06395) stays until the last ``decay_fraction`` of the steps and falls
+    linearly to ``min_lr_ratio * peak``.
     """
     if step < config.warmup_steps:
-        return peak * (step + 1) / (config.warmup_steps + 1)
+        missing = config.warmup_from * peak * (config.warmup_steps - step)
+        return (peak * (step + 1) + missing) / (config.warmup_steps + 1)
     floor = config.min_lr_ratio
     return peak * (floor + (1 - floor) * _shape(config, step, steps))
 

@@ -35,6 +35,14 @@ from opmix_dist.train.state import TrainerState
 from opmix_dist.train.throughput import Throughput
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out samples of W domains, numbered by ``names``."""
+
+    names: tuple[str, ...]
+    samples: EvalSet
+
+
 @dataclass
 class Trainer:
     """Runs the loop on every trainer rank in step.
@@ -50,6 +58,7 @@ class Trainer:
     catalogue: Catalogue
     loader: MixtureLoader
     heldout: EvalSet
+    watched: HeldOut | None
     policy: MixturePolicy
     method: Method
     callbacks: Sequence[Callback]
@@ -83,6 +92,8 @@ class Trainer:
             self.first_step = self.state.step
             self.method.begin(self.state.step)
             self._announce("on_start")
+            if self.config.train.eval_at_start and self.state.step == 0:
+                self.evaluate()
             self._throughput.start()
             try:
                 while self.state.step < self.config.train.steps:
@@ -130,7 +141,7 @@ class Trainer:
         record = self.policy.decide(self.state, self.recorded)
         if record is None:
             return
-        if record.step not in self.recorded:
+        if self.recorded.get(record.step) != record:
             self.recorded[record.step] = record
             point("mixture.record", step=record.step)
             if self.world.is_leader:
@@ -281,25 +292,33 @@ class Trainer:
             return self._last_evaluation
         self.world.enter("evaluation", self.state.step)
         point("train.evaluate", step=self.state.step)
-        found = self.losses_by_domain(self.heldout)
-        line = EvalLine(
-            step=self.state.step,
-            tokens=self.state.tokens,
-            loss=dict(zip(self.catalogue.names, found.loss.tolist(), strict=True)),
-            stderr=dict(zip(self.catalogue.names, found.stderr.tolist(), strict=True)),
-        )
+        sets = [HeldOut(self.catalogue.names, self.heldout), *([self.watched] if self.watched else [])]
+        loss: dict[str, float] = {}
+        stderr: dict[str, float] = {}
+        for one in sets:
+            found = self.losses_by_domain(one.samples, len(one.names))
+            loss |= dict(zip(one.names, found.loss.tolist(), strict=True))
+            stderr |= dict(zip(one.names, found.stderr.tolist(), strict=True))
+        line = EvalLine(step=self.state.step, tokens=self.state.tokens, loss=loss, stderr=stderr)
         self._last_evaluation = line
         self._announce("on_evaluation", line)
         return line
 
-    def losses_by_domain(self, heldout: EvalSet) -> DomainLosses:
-        """Collective. Losses [D], in the catalogue's order."""
+    def losses_by_domain(self, heldout: EvalSet, domains: int | None = None) -> DomainLosses:
+        """Collective. Losses [D], in the order of the domains' numbers.
+
+        Args:
+            domains: D; None: as many as the catalogue has.
+        """
         batch, tokens = heldout.batch, heldout.batch.tokens.numel()
         with self.ledger.timed("held-out evaluation"):
             sums = self.engine.evaluate(batch, self.config.train.micro_batch_size)  # [N]
         self.ledger.add("held-out evaluation", flops=tokens * self.engine.flops.forward, tokens=tokens)
         return losses_by_domain(
-            sums.numpy(), batch.targets.numpy(), heldout.domain_ids.numpy(), len(self.catalogue.names)
+            sums.numpy(),
+            batch.targets.numpy(),
+            heldout.domain_ids.numpy(),
+            len(self.catalogue.names) if domains is None else domains,
         )
 
     def save_checkpoint(self, checkpointer: Checkpointer) -> None:

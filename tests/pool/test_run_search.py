@@ -163,7 +163,7 @@ def test_one_search_by_gradients_and_one_with_refinement(tiny_data: Path, tmp_pa
 
 def test_a_new_domain_joins_by_two_probes(tiny_data: Path, tmp_path: Path) -> None:
     current = {"json": 0.25, "prose": 0.0, "python": 0.75}
-    search = searched(tiny_data, tmp_path / "run", current, new_domain="prose")
+    search = searched(tiny_data, tmp_path / "run", current, new_domains=["prose"])
     request, proposal = search.request(), search.proposal()
     assert request.components == ["old", "prose"]
     expected = [[0.9 * 0.25, 0.1, 0.9 * 0.75], [0.1 * 0.25, 0.9, 0.1 * 0.75]]
