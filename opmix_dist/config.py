@@ -49,14 +49,14 @@ class ModelConfig(Section):
         return self
 
 
+ReplaySamples = Annotated[int, Field(ge=1)]
+
+
 class DataConfig(Section):
     root: str = Field(
         description="folder or fsspec URL of what `opmix prepare --out` made: a folder per domain"
     )
     domains: list[str] | None = Field(None, description="domains to use, in this order; null takes all")
-ReplaySamples = Annotated[int, Field(ge=1)]
-
-
     num_workers: int = Field(0, ge=0, description="loader processes per trainer rank; 0 reads in-process")
     prefetch_batches: int = Field(2, ge=1, description="batches that each loader process keeps ready")
     shuffle_block: int = Field(
@@ -71,11 +71,6 @@ ReplaySamples = Annotated[int, Field(ge=1)]
     on_exhausted: Literal["stop", "renormalize"] = Field(
         "stop", description="at max_epochs: stop the run, or share the weight out among the other domains"
     )
-    cache: str | None = Field(
-        None, description="local folder for the shards of a remote root; null: root is local"
-    )
-    cache_limit: Annotated[ByteSize, Field(gt=0)] | None = Field(
-        None, description="most that the cache may hold, such as 200GB; null: all shards"
     replay_samples: ReplaySamples | dict[str, ReplaySamples] | None = Field(
         None,
         description="train on so many samples only, chosen by seed, of each domain that start.run's history "
@@ -84,6 +79,11 @@ ReplaySamples = Annotated[int, Field(ge=1)]
     watch: list[str] = Field(
         default_factory=list, description="domains that are evaluated with the others, and not trained on"
     )
+    cache: str | None = Field(
+        None, description="local folder for the shards of a remote root; null: root is local"
+    )
+    cache_limit: Annotated[ByteSize, Field(gt=0)] | None = Field(
+        None, description="most that the cache may hold, such as 200GB; null: all shards"
     )
     verify_shards: Literal["never", "fetch", "always"] = Field(
         "fetch",
@@ -251,25 +251,25 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     name: Literal["wsd", "cosine", "constant"] = Field("wsd", description="learning-rate schedule")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    warmup_from: float = Field(
+        0.0, ge=0, le=1, description="learning rate that warm-up begins at, over the peak"
+    )
     decay_fraction: float = Field(0.2, ge=0, le=1, description="wsd: last share of the steps, linear decay")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="final learning rate over the peak")
 
 
 class TrainConfig(Section):
-    warmup_from: float = Field(
-        0.0, ge=0, le=1, description="learning rate that warm-up begins at, over the peak"
-    )
     steps: int = Field(ge=1, description="optimiser steps of the run")
     global_batch_size: int = Field(ge=1, description="samples per step over all trainer ranks")
     micro_batch_size: int = Field(ge=1, description="samples per forward pass on one rank")
     log_interval_steps: int = Field(10, ge=1, description="steps between printed lines where there is no bar")
     eval_interval_steps: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
+    eval_at_start: bool = Field(False, description="evaluate before the first step too")
     eval_samples_per_domain: int = Field(
         64, ge=1, description="held-out samples per domain in reported losses"
     )
     on_bad_step: Literal["stop", "skip", "rollback"] = Field(
         "stop",
-    eval_at_start: bool = Field(False, description="evaluate before the first step too")
         description="a NaN, inf or spike: stop; leave its batch out; or go back to the newest checkpoint and "
         "on with the data behind its batch",
     )
@@ -309,15 +309,15 @@ class CheckpointConfig(Section):
     asynchronous: bool = Field(True, description="write while training goes on")
 
 
+MixtureName = Literal["uniform", "natural", "old", "new"]
+
+
 class MixtureConfig(Section):
     policy: Literal["static", "opmix"] = Field("opmix", description="who decides the mixture during the run")
     initial: MixtureName | dict[str, float] = Field(
         "uniform",
         description="mixture at step 0; natural is in proportion to samples; after start.run, `old` is what "
         "the model has read and `new` the other domains; or weights that sum to 1, of domains, old and new",
-MixtureName = Literal["uniform", "natural", "old", "new"]
-
-
     )
     schedule: dict[Annotated[int, Field(ge=1)], MixtureName | dict[str, float]] = Field(
         default_factory=dict,
@@ -418,11 +418,6 @@ class SharedConfig(Section):
         return self
 
 
-class RunConfig(SharedConfig):
-    """``opmix train``."""
-
-    schedule: ScheduleConfig = ScheduleConfig()
-    method: MethodConfig = MethodConfig()
 class StartConfig(Section):
     """What an earlier run hands on to this one."""
 
@@ -442,11 +437,37 @@ class StartConfig(Section):
         return self
 
 
+class RunConfig(SharedConfig):
+    """``opmix train``."""
+
+    start: StartConfig = StartConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    method: MethodConfig = MethodConfig()
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     pool: PoolConfig = PoolConfig()
-    start: StartConfig = StartConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _one_start(self) -> RunConfig:
+        given = [self.model.checkpoint, self.model.config, self.start.run]
+        if sum(one is not None for one in given) == 1:
+            return self
+        if self.start.run is None:
+            raise ValueError(f"{ONE_SOURCE}, or start.run")
+        raise ValueError("start.run gives the weights: leave out model.checkpoint and model.config")
+
+    @model_validator(mode="after")
+    def _search_before_the_first_step(self) -> RunConfig:
+        if self.search.start_fraction == 0 and self.start.run is None:
+            raise ValueError("search.start_fraction 0 needs a start.run: a fresh model has learnt nothing")
+        return self
+
+    @model_validator(mode="after")
+    def _replay_of_what(self) -> RunConfig:
+        if isinstance(self.data.replay_samples, int) and self.start.run is None:
+            raise ValueError("data.replay_samples needs a start.run, or samples by domain")
+        return self
 
     @model_validator(mode="after")
     def _schedule_within_the_run(self) -> RunConfig:
