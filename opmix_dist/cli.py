@@ -23,12 +23,13 @@ from opmix_dist.process import end_process
 from opmix_dist.score_command import add_score_command
 from opmix_dist.search_command import add_search_command
 from opmix_dist.top_command import add_top_command
+from opmix_dist.validate_command import add_validate_command
 from opmix_dist.what_if_command import add_what_if
 
 TOKEN_DTYPES = ("uint16", "uint32", "int32", "int64")
-WITH_SETTINGS = ("train", "search", "fit", "launch", "resume", "plan")
+WITH_SETTINGS = ("train", "search", "fit", "launch", "resume", "plan", "validate")
 """Commands that take any setting of their configuration as ``--dotted.key value``."""
-WITH_PROCESSES = ("prepare", "train", "pool", "search", "launch", "resume")
+WITH_PROCESSES = ("prepare", "train", "pool", "search", "launch", "resume", "validate")
 """Commands whose broken pipe may be that of a worker, which must not pass for a closed output."""
 
 
@@ -98,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_plan_command(commands)
     add_what_if(commands)
+    add_validate_command(commands)
 
     report = commands.add_parser("report", help="write RUN/report.html; of several runs, a comparison")
     report.add_argument(

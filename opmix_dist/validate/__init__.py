@@ -1,0 +1,1 @@
+"""Is the simulation true? Full training on mixtures that a search simulated, and how the two compare."""

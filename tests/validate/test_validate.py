@@ -1,0 +1,250 @@
+"""Whole validations of a tiny model in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from opmix_dist.cli import main
+from opmix_dist.config import RunConfig, check_config
+from opmix_dist.errors import UserError
+from opmix_dist.exchange.rundir import RunDir, read_record
+from opmix_dist.models.build import snapshot_source
+from opmix_dist.models.chunked_head import NO_TARGET
+from opmix_dist.train.job import run_job
+from opmix_dist.validate.comparing import divergence
+from opmix_dist.validate.config import ValidateConfig, load_validate_config
+from opmix_dist.validate.job import validate
+from opmix_dist.validate.real import RealRuns
+from opmix_dist.validate.records import Validation, ValidationDir
+from opmix_dist.validate.simulators import ByFullParameters, own_model
+from tests.pool.searches import alone
+from tests.train.jobs import tiny_config
+
+DOMAINS = ["json", "prose"]
+STEPS, SEARCH_STEP = 6, 3
+
+
+def config(data: Path, run: Path, policy: str) -> RunConfig:
+    given = tiny_config(
+        data,
+        run,
+        pool={"ranks": 0},
+        mixture={"policy": policy, "initial": {"json": 0.6, "prose": 0.4}},
+        train={"steps": STEPS, "eval_interval_steps": 0},
+        checkpoint={"interval_steps": SEARCH_STEP, "keep": 9},
+        schedule={"warmup_steps": 2, "decay_fraction": 0.5},
+    )
+    given["data"]["domains"] = DOMAINS
+    given["search"] |= {
+        "start_fraction": SEARCH_STEP / STEPS,
+        "probes": {"steps": 3, "batch_size": 4, "rank": 2},
+        "candidates": {"count": 6, "samples_per_domain": 3},
+        "proposal": {"bootstrap": 0},
+    }
+    return check_config(given)
+
+
+@pytest.fixture(scope="module")
+def searched(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run that has searched."""
+    run = tmp_path_factory.mktemp("validated") / "run"
+    run_job(config(tiny_data, run, "opmix"))
+    return RunDir(run)
+
+
+def settings(folder: Path, **given: Any) -> ValidateConfig:
+    small = {"design": {"mixtures": 1}, "folder": str(folder), "evaluation_batch_size": 4}
+    return ValidateConfig(**{**small, **given})
+
+
+def validated(run: RunDir, wanted: ValidateConfig) -> Validation:
+    with alone() as world:
+        found = validate(run, wanted, world)
+    assert found is not None
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def finished(searched: RunDir, tmp_path_factory: pytest.TempPathFactory) -> tuple[Validation, ValidationDir]:
+    folder = tmp_path_factory.mktemp("validation")
+    wanted = settings(folder, sweep={"hot": {"lr_multiplier": 8, "rank": 1}}, keep_models=True)
+    return validated(searched, wanted), ValidationDir(folder)
+
+
+def test_a_validation_compares_real_runs_with_each_way_to_simulate(
+    finished: tuple[Validation, ValidationDir], searched: RunDir
+) -> None:
+    found, folder = finished
+    assert [point.name for point in found.points[:5]] == ["old", *DOMAINS, "proposal", "design-1"]
+    assert [one.name for one in found.simulators] == ["probes", "hot", "full"]
+    proposal = searched.search("0001").proposal()
+    by_name = {point.name: point for point in found.points}
+    # simulated as the search itself has simulated it, on the same samples
+    assert by_name["proposal"].simulated["probes"] == pytest.approx(proposal.simulated, abs=1e-5)
+    assert found.snapshot == pytest.approx(proposal.snapshot, abs=1e-5)
+    # components by themselves are simulated by their own real runs exactly
+    for name in ("old", *DOMAINS):
+        assert by_name[name].simulated["full"] == pytest.approx(by_name[name].real, abs=1e-5)
+        assert max(by_name[name].divergence["full"].values()) < 1e-6
+        assert min(by_name[name].divergence["probes"].values()) > 1e-6
+    averages = [point for point in found.points if point.kind == "average"]
+    assert averages
+    for point in averages:  # one real run, other simulations
+        assert point.real == by_name["old"].real
+        assert point.x == pytest.approx(by_name["old"].x)
+        assert point.simulated["full"] != by_name["old"].simulated["full"]
+    parts = found.sources
+    assert parts.lora is not None and parts.averaging is not None  # noqa: PT018
+    assert parts.gap == pytest.approx(parts.lora + parts.averaging)
+    runs = {tuple(point.x.values()) for point in found.points if point.kind != "average"}
+    assert len([*(folder.path / "runs").iterdir()]) == len(runs)
+    assert found.costs["real runs"].tokens == len(runs) * found.tokens
+    assert found.tokens == found.probe_tokens
+
+
+def test_a_real_run_on_old_from_the_checkpoint_is_the_run_going_on(
+    searched: RunDir, tiny_data: Path, tmp_path: Path
+) -> None:
+    static = config(tiny_data, tmp_path / "static", "static")
+    run_job(static)
+    wanted = settings(
+        tmp_path / "validation",
+        real={"start": "checkpoint", "steps": STEPS - SEARCH_STEP},
+        design={"mixtures": 0, "components": False, "averages": False},
+        full_parameters=False,
+        keep_models=True,
+    )
+    found = validated(searched, wanted)
+    (model,) = [
+        one
+        for one in (tmp_path / "validation" / "models").iterdir()
+        if '"run": "old"' in (one / "COMPLETE.json").read_text()
+    ]
+    ours, theirs = (load_file(next(p.glob("*.safetensors"))) for p in (model, RunDir(static.run_dir).export))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    expected = RunDir(static.run_dir).summary().final_search_loss
+    assert found.points[0].real == pytest.approx(expected, abs=1e-6)
+
+
+class Killed(BaseException):
+    """Nothing catches it: as good as a kill."""
+
+
+def test_a_validation_that_was_killed_uses_the_runs_that_it_finished(
+    searched: RunDir,
+    finished: tuple[Validation, ValidationDir],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wanted = settings(tmp_path, full_parameters=False, kl=False, calibration="affine")
+    trained: list[str] = []
+    train = RealRuns.train
+
+    def dies_in_the_third(self: RealRuns, task: Any, place: str) -> None:
+        if len(trained) == 2:
+            raise Killed
+        trained.append(task.name)
+        train(self, task, place)
+
+    monkeypatch.setattr(RealRuns, "train", dies_in_the_third)
+    with pytest.raises(Killed), alone() as world:
+        validate(searched, wanted, world)
+    first, trained[:] = set(trained), []
+
+    def noted(self: RealRuns, task: Any, place: str) -> None:
+        trained.append(task.name)
+        train(self, task, place)
+
+    monkeypatch.setattr(RealRuns, "train", noted)
+    found = validated(searched, wanted)
+    whole = {point.name: point.real for point in finished[0].points}
+    assert {point.name: point.real for point in found.points} == whole
+    assert len(trained) == len({*trained} | first) - 2
+    assert not {*trained} & first
+    assert found.chosen == "affine"
+    assert all(point.divergence == {} for point in found.points)
+    assert not (tmp_path / "models").exists()
+
+    trained[:] = []
+    again = validated(
+        searched, wanted
+    )  # nothing is left to do, and other settings of the conclusion cost none
+    assert again.points == found.points
+    assert validated(searched, wanted.model_copy(update={"calibration": "shift"})).chosen == "shift"
+    assert trained == []
+
+
+def test_full_parameters_are_interpolated_exactly(finished: tuple[Validation, ValidationDir]) -> None:
+    _, folder = finished
+    sources = [
+        snapshot_source(path, attention="sdpa", trust_remote_code=False)
+        for path in sorted(folder.models.iterdir())[:2]
+    ]
+    way = ByFullParameters(own_model(sources[0], torch.device("cpu"), None), sources)
+    with way.at(np.array([0.25, 0.75])):
+        for name in sources[0].shapes:
+            expected = 0.25 * sources[0].tensor(name) + 0.75 * sources[1].tensor(name)
+            torch.testing.assert_close(way.model.get_parameter(name).detach(), expected)
+
+
+def test_divergence_is_that_of_the_distributions_at_targets() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 3, 5, 7, generator=generator).unbind()
+    targets = torch.full((3, 5), NO_TARGET)
+    targets[0, 1], targets[0, 4], targets[2, 0] = 3, 1, 2
+    p, q = F.softmax(first.double(), -1), F.softmax(second.double(), -1)
+    by_hand = (p * (p / q).log()).sum(-1)
+    expected = torch.stack([by_hand[0, 1] + by_hand[0, 4], torch.zeros(()), by_hand[2, 0]])
+    assert torch.allclose(divergence(first, second, targets), expected, atol=1e-6)
+
+
+def test_the_command_writes_a_page_that_loads_nothing(
+    searched: RunDir, finished: tuple[Validation, ValidationDir], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = finished[1]
+    arguments = ["validate", str(searched.path), "--folder", str(folder.path), "--design.mixtures", "1"]
+    arguments += ["--evaluation_batch_size", "4", "--keep_models", "true"]
+    assert main([*arguments, "--sweep", "{hot: {lr_multiplier: 8, rank: 1}}"]) == 0
+    printed = capsys.readouterr().out
+    assert "the proposal ranks" in printed
+    assert "Where the gap comes from" in printed
+    text = folder.page_file.read_text()
+    for title in ("Simulated against real", "Corrections", "All mixtures"):
+        assert title in text
+    assert 'http-equiv="Content-Security-Policy"' in text
+    assert read_record(folder.result_file, Validation).points == finished[0].points
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--real.start", "checkpoint", "--real.seeds", "[0, 1]"], "real.seeds: with real.start checkpoint"),
+        (["--real.seeds", "[1, 1]"], "real.seeds must differ"),
+        (["--sweep", "{full: {rank: 4}}"], "sweep.full: the name is taken"),
+        (["--design.components", "false"], "full_parameters needs the components"),
+        (["--design.mixture", "3"], "unknown setting `design.mixture`"),
+    ],
+)
+def test_settings_that_contradict_each_other(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_validate_config(None, overrides)
+
+
+def test_what_a_run_lacks_is_said(searched: RunDir, tmp_path: Path) -> None:
+    with alone() as world, pytest.raises(UserError, match="no search 0002 that is finished"):
+        validate(searched, settings(tmp_path, search="0002"), world)
+    with (
+        alone() as world,
+        pytest.raises(UserError, match="real.steps 4 from step 3 on is beyond the run's end"),
+    ):
+        validate(searched, settings(tmp_path, real={"start": "checkpoint", "steps": 4}), world)
+    with alone() as world, pytest.raises(UserError, match="ranks_per_model is 2: set it to 1"):
+        validate(searched, settings(tmp_path, ranks_per_model=2), world)
