@@ -242,6 +242,11 @@ class Engine(ABC):
             if mine[name] == self.world.rank
         }
 
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole parameters of the model in the order of ``shapes``, one at a time, on every rank; float32, on
+        any device. Not to be changed."""
+        return self._whole("parameter")
+
     def state_dict(self) -> dict[str, Any]:
         """What torch DCP saves: ``{"parameter": {name: tensor}, "exp_avg": ..., "exp_avg_sq": ..., "step":
         [1] int64}``, and ``beside`` where there is any; tensors are DTensors, or whole and then on the rank

@@ -10,6 +10,8 @@ from opmix_dist.methods.base import Method, MethodAround
 # imported when it is chosen: some need packages that take long to import
 METHODS = {
     "plain": ("opmix_dist.methods.base", "Method"),
+    "sdft": ("opmix_dist.methods.sdft", "SDFT"),
+    "distill": ("opmix_dist.methods.distill", "Distill"),
 }
 
 

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.models.attention import causal_only
 from opmix_dist.models.chunked_head import NO_TARGET, ChunkedHead
-from opmix_dist.models.heads import HiddenLosses, fused_head
+from opmix_dist.models.heads import HiddenLosses, fused_head, replaced_forward
 from opmix_dist.models.varlen import VARLEN, Pieces
 
 
@@ -57,6 +58,23 @@ def sample_losses(
             return _run(model, batch).logits.view(batch.tokens.shape).sum(dim=1)
     logits = _run(model, batch).logits.view(*batch.tokens.shape, -1)
     return from_logits(logits, _padded(targets))
+
+
+def target_logits(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
+    """Logits of the tokens that come before a target, sample after sample: [R, V], R targets in all. The head
+    is multiplied with no other token's hidden state.
+
+    They are what the model makes of them, in its dtype.
+    """
+    head = model.get_output_embeddings()
+    before_target = F.pad(batch.loss_mask[:, 1:], (0, 1))  # [B, T]
+    multiply = head.forward
+
+    def of_targets(hidden: Tensor) -> Tensor:
+        return multiply(hidden.reshape(*batch.tokens.shape, -1)[before_target])
+
+    with replaced_forward(head, of_targets):
+        return _run(model, batch).logits
 
 
 def _fused_losses(backbone: nn.Module, losses: HiddenLosses, batch: TokenBatch, targets: Tensor) -> Tensor:
