@@ -37,22 +37,30 @@ class Peaks:
 
 
 # The first pattern that is found in a name is it: the special ones come first.
+#
+# Each row was compared with the figures of the sheet that it names. Sheets of Hopper and Blackwell give their
+# tensor cores "with sparsity", which is halved here; those of Ampere and Ada have a dense column; AMD's dense
+# rows are taken. Where a sheet rounds a GPU's figure (2.2 PFLOPS) the machine's divides exactly (36 PFLOPS
+# with sparsity of 8 GPUs). Some projects halve the dense columns of A10, L4 and L40S, taking them for sums
+# in float16; the sheets do not say so. Who measures otherwise sets engine.peak_tflops.
 DEVICES = (
-    Peaks(r"\bGB200\b", 80.0, 1250.0, 2500.0, 5000.0, "NVIDIA GB200 NVL72, product page, over 72"),
-    Peaks(r"\bB200\b", 75.0, 1125.0, 2250.0, 4500.0, "NVIDIA HGX B200, product page, over 8"),
+    Peaks(r"\bGB300\b", 80.0, 1250.0, 2500.0, 5000.0, "NVIDIA Blackwell Ultra data sheet, GB300 NVL72"),
+    Peaks(r"\bB300\b", 75.0, 1125.0, 2250.0, 4500.0, "NVIDIA Blackwell Ultra data sheet, HGX B300"),
+    Peaks(r"\bGB200\b", 80.0, 1250.0, 2500.0, 5000.0, "NVIDIA Blackwell data sheet, GB200 NVL72"),
+    Peaks(r"\bB200\b", 75.0, 1125.0, 2250.0, 4500.0, "NVIDIA Blackwell data sheet, HGX B200"),
     Peaks(r"\bH200 NVL\b", 60.0, 417.5, 835.5, 1670.5, "NVIDIA H200 data sheet, NVL"),
     Peaks(r"\bG?H200\b", 67.0, 494.5, 989.5, 1979.0, "NVIDIA H200 and GH200 data sheets, SXM"),
     Peaks(r"\bH100 NVL\b", 60.0, 417.5, 835.5, 1670.5, "NVIDIA H100 data sheet, NVL"),
-    Peaks(r"\bH100 PCIe\b", 51.0, 378.0, 756.5, 1513.0, "NVIDIA H100 data sheet of 2022, PCIe"),
-    Peaks(r"\bH(100|800)\b", 67.0, 494.5, 989.5, 1979.0, "NVIDIA H100 data sheet, SXM"),
-    Peaks(r"\bA(100|800)\b", 19.5, 156.0, 312.0, None, "NVIDIA A100 data sheet, SXM and PCIe"),
+    Peaks(r"\bH(100|800) PCIe\b", 51.0, 378.0, 756.5, 1513.0, "NVIDIA H100 data sheet of 2022, PCIe"),
+    Peaks(r"\bH(100|800)\b", 67.0, 494.5, 989.5, 1979.0, "NVIDIA H100 and H800 data sheets, SXM"),
+    Peaks(r"\bA(100|800)\b", 19.5, 156.0, 312.0, None, "NVIDIA A100 and A800 data sheets, SXM and PCIe"),
     Peaks(r"\bA30\b", 10.3, 82.0, 165.0, None, "NVIDIA A30 data sheet"),
     Peaks(r"\bA40\b", 37.4, 74.8, 149.7, None, "NVIDIA A40 data sheet"),
     Peaks(r"\bA10\b", 31.2, 62.5, 125.0, None, "NVIDIA A10 data sheet"),
     Peaks(r"\bL40S\b", 91.6, 183.0, 362.05, 733.0, "NVIDIA L40S data sheet"),
     Peaks(r"\bL40\b", 90.5, 90.5, 181.05, 362.0, "NVIDIA L40 data sheet"),
     Peaks(r"\bL4\b", 30.3, 60.0, 121.0, 242.5, "NVIDIA L4 data sheet"),
-    Peaks(r"\bV100-SXM", 15.7, None, None, None, "NVIDIA V100 data sheet, SXM2; no bfloat16"),
+    Peaks(r"\bV100-SXM2", 15.7, None, None, None, "NVIDIA V100 data sheet, SXM2; no bfloat16"),
     Peaks(r"\bMI3(00|25)X\b", 163.4, 653.7, 1307.4, 2614.9, "AMD Instinct MI300X and MI325X data sheets"),
     Peaks(r"\bMI250X\b", 47.85, None, 191.5, None, "AMD Instinct MI250X data sheet, one of its two dies"),
 )  # fmt: skip

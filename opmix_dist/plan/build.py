@@ -13,7 +13,7 @@ from opmix_dist.models.devices import peak_flops, product_precision
 from opmix_dist.models.flops import FlopCounts, ParameterCounts, count_flops, parameter_counts
 from opmix_dist.models.lora import require_adaptable
 from opmix_dist.plan.held import deepspeed_memory, megatron_memory
-from opmix_dist.plan.memory import RankMemory, rank_memory
+from opmix_dist.plan.memory import RankMemory, StepSizes, rank_memory
 from opmix_dist.plan.question import Question
 from opmix_dist.plan.schedule import (
     Phase,
@@ -123,15 +123,14 @@ def training_memory(question: Question, engine: EngineConfig, micro_batch_size: 
     for."""
     train = question.config.train
     size = micro_batch_size or train.micro_batch_size
-    micro_batches = train.global_batch_size // (size * question.replicas)
-    shape = {"sequence_length": question.data.sequence_length, "micro_batch_size": size}
-    source, ranks = question.source, question.trainers
-    if question.engine == "deepspeed":
-        return deepspeed_memory(source, engine, ranks=ranks, **shape)
-    if question.engine == "megatron":
-        return megatron_memory(source, engine, ranks=ranks, micro_batches=micro_batches, **shape)
-    named = engine.model_copy(update={"name": question.engine})
-    return rank_memory(source, named, ranks=ranks, micro_batches=micro_batches, **shape)
+    sizes = StepSizes(
+        ranks=question.trainers,
+        sequence_length=question.data.sequence_length,
+        micro_batch_size=size,
+        micro_batches=train.global_batch_size // (size * question.replicas),
+    )
+    measure = {"deepspeed": deepspeed_memory, "megatron": megatron_memory}.get(question.engine, rank_memory)
+    return measure(question.source, engine.model_copy(update={"name": question.engine}), sizes)
 
 
 def _peak(question: Question) -> float:

@@ -22,7 +22,7 @@ from opmix_dist.engines.single import DTYPES, SingleEngine
 from opmix_dist.errors import UserError
 from opmix_dist.models.source import ModelSource
 from opmix_dist.plan.live import LiveBytes
-from opmix_dist.plan.memory import RankMemory
+from opmix_dist.plan.memory import RankMemory, StepSizes
 from opmix_dist.plan.unallocated import mode_of, pretended, samples, unallocated_engine
 
 FLOAT32 = 4
@@ -113,19 +113,18 @@ def megatron_held(hf: PretrainedConfig, config: EngineConfig, ranks: int) -> Hel
     )
 
 
-def activation_bytes(
-    source: ModelSource, config: EngineConfig, *, sequence_length: int, micro_batch_size: int
-) -> tuple[int, int]:
+def activation_bytes(source: ModelSource, config: EngineConfig, sizes: StepSizes) -> tuple[int, int]:
     """Most that a micro-batch has live at once where each gradient goes elsewhere as soon as it is there, and
     what it keeps for its backward pass: of a model whose parameters have the engine's dtype."""
     plain = config.model_copy(update={"name": "single", "param_dtype": "float32"})
     with pretended(1) as world:
-        engine = unallocated_engine(source, world, plain, sequence_length=sequence_length, sharded=False)
+        length = sizes.sequence_length
+        engine = unallocated_engine(source, world, plain, sequence_length=length, sharded=False)
         with mode_of(engine.model):
             for parameter in nn.Module.parameters(engine.model):
                 parameter.data = parameter.data.to(DTYPES[config.param_dtype])
                 parameter.register_post_accumulate_grad_hook(_drop)
-            return _passes(engine, samples(micro_batch_size, sequence_length))
+            return _passes(engine, samples(sizes.micro_batch_size, length))
 
 
 def _drop(parameter: torch.Tensor) -> None:
@@ -140,26 +139,14 @@ def _passes(engine: SingleEngine, batch: TokenBatch) -> tuple[int, int]:
     return live.peak, kept
 
 
-def deepspeed_memory(
-    source: ModelSource, config: EngineConfig, *, ranks: int, sequence_length: int, micro_batch_size: int
-) -> RankMemory:
+def deepspeed_memory(source: ModelSource, config: EngineConfig, sizes: StepSizes) -> RankMemory:
     shapes = list(source.shapes.values())
-    held = deepspeed_held(shapes, config, ranks)
-    peak, kept = activation_bytes(
-        source, config, sequence_length=sequence_length, micro_batch_size=micro_batch_size
-    )
+    held = deepspeed_held(shapes, config, sizes.ranks)
+    peak, kept = activation_bytes(source, config, sizes)
     return _together(held, peak + deepspeed_buffers(shapes, config), kept)
 
 
-def megatron_memory(
-    source: ModelSource,
-    config: EngineConfig,
-    *,
-    ranks: int,
-    sequence_length: int,
-    micro_batch_size: int,
-    micro_batches: int,
-) -> RankMemory:
+def megatron_memory(source: ModelSource, config: EngineConfig, sizes: StepSizes) -> RankMemory:
     """Held by the stage that has most; activations of the first stage, which keeps those of a micro-batch for
     each stage before its first backward pass (1F1B), or of the last one with the logits. What
     ``sequence_parallel`` divides, norms and the residual stream, counts whole."""
@@ -172,22 +159,19 @@ def megatron_memory(
     whole = config.model_copy(update={"logits_memory": None})
 
     def passes(vocabulary: int) -> tuple[int, int]:
-        sizes = copy.deepcopy(mine)
-        sizes.vocab_size = vocabulary
-        part = ModelSource(sizes, attention=source.attention)
-        return activation_bytes(
-            part, whole, sequence_length=sequence_length, micro_batch_size=micro_batch_size
-        )
+        part = copy.deepcopy(mine)
+        part.vocab_size = vocabulary
+        return activation_bytes(ModelSource(part, attention=source.attention), whole, sizes)
 
     each = QUERY_COPIES * mine.num_attention_heads * mine.head_dim * DTYPES[config.param_dtype].itemsize
     blocks = 1 if config.activation_checkpointing == "full" else mine.num_hidden_layers
-    more = each * blocks * micro_batch_size * sequence_length
+    more = each * blocks * sizes.micro_batch_size * sizes.sequence_length
     peak, kept = passes(mine.vocab_size)
-    waiting = min(settings.pipeline_parallel, micro_batches) - 1
+    waiting = min(settings.pipeline_parallel, sizes.micro_batches) - 1
     if waiting:
         first, kept = passes(1)
         peak = max(peak, first + waiting * (kept + more))
-    return _together(megatron_held(hf, config, ranks), peak + more, kept)
+    return _together(megatron_held(hf, config, sizes.ranks), peak + more, kept)
 
 
 def _together(held: HeldBytes, peak: int, kept: int) -> RankMemory:

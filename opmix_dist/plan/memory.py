@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from opmix_dist.config import EngineConfig
@@ -11,6 +11,20 @@ from opmix_dist.engines.single import SingleEngine
 from opmix_dist.models.source import ModelSource
 from opmix_dist.plan.live import LiveBytes
 from opmix_dist.plan.unallocated import mode_of, pretended, samples, unallocated_engine
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """Of a training step.
+
+    ranks: trainer ranks. sequence_length: tokens of a sample, T. micro_batch_size: samples in a pass of one
+    replica. micro_batches: passes of one replica in a step.
+    """
+
+    ranks: int
+    sequence_length: int
+    micro_batch_size: int
+    micro_batches: int = 1
 
 
 @dataclass(frozen=True)
@@ -51,23 +65,15 @@ def live_bytes_of_step(engine: SingleEngine, microbatches: Sequence[TokenBatch])
     return live.peak, kept
 
 
-def rank_memory(
-    source: ModelSource,
-    config: EngineConfig,
-    *,
-    ranks: int,
-    sequence_length: int,
-    micro_batch_size: int,
-    micro_batches: int,
-) -> RankMemory:
-    """Of the first of ``ranks`` trainer ranks under the engine ``single`` or ``fsdp``, whose shards are the
-    largest. A step of two micro-batches has all that one of more has."""
-    sharded = config.name == "fsdp"
-    with pretended(ranks) as world:
-        engine = unallocated_engine(source, world, config, sequence_length=sequence_length, sharded=sharded)
+def rank_memory(source: ModelSource, config: EngineConfig, sizes: StepSizes) -> RankMemory:
+    """Of the first trainer rank under the engine ``single`` or ``fsdp``, whose shards are the largest. A step
+    of two micro-batches has all that one of more has."""
+    sharded, length = config.name == "fsdp", sizes.sequence_length
+    with pretended(sizes.ranks) as world:
+        engine = unallocated_engine(source, world, config, sequence_length=length, sharded=sharded)
         held = engine.held_bytes()
         with mode_of(engine.model):
-            batches = [samples(micro_batch_size, sequence_length) for _ in range(min(micro_batches, 2))]
+            batches = [samples(sizes.micro_batch_size, length) for _ in range(min(sizes.micro_batches, 2))]
             peak, kept = live_bytes_of_step(engine, batches)
     offloaded = config.fsdp.cpu_offload and sharded
     parts = (held.parameters, held.gradients, held.optimizer)
@@ -80,6 +86,3 @@ def rank_memory(
         kept=kept,
         offloaded=sum(parts) if offloaded else 0,
     )
-
-
-Measure = Callable[..., RankMemory]

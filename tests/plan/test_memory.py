@@ -20,7 +20,7 @@ from opmix_dist.models.lora import JointAdapters
 from opmix_dist.models.source import ModelSource
 from opmix_dist.plan.held import deepspeed_held, megatron_held
 from opmix_dist.plan.live import LiveBytes
-from opmix_dist.plan.memory import live_bytes_of_step, rank_memory
+from opmix_dist.plan.memory import StepSizes, live_bytes_of_step, rank_memory
 from opmix_dist.plan.question import DataSizes
 from opmix_dist.plan.searching import (
     CandidateMemory,
@@ -92,10 +92,7 @@ def test_one_process_to_the_byte(engine: dict[str, Any], micro_batches: int) -> 
     plan = rank_memory(
         ModelSource(hf),
         EngineConfig(name="single", **engine),
-        ranks=1,
-        sequence_length=LENGTH,
-        micro_batch_size=SAMPLES,
-        micro_batches=micro_batches,
+        StepSizes(1, LENGTH, SAMPLES, micro_batches),
     )
     assert (plan.parameters, plan.gradients, plan.optimizer) == (
         held.parameters,
@@ -112,14 +109,8 @@ def test_a_step_of_fifty_million_parameters() -> None:
     with LiveBytes() as live, FlopCounterMode(display=False) as counter:
         found.train_step([batch], lr=1e-4)
     held = found.held_bytes()
-    plan = rank_memory(
-        ModelSource(FIFTY_MILLION),
-        EngineConfig(name="single"),
-        ranks=1,
-        sequence_length=LENGTH,
-        micro_batch_size=16,
-        micro_batches=1,
-    )
+    sizes = StepSizes(1, LENGTH, micro_batch_size=16)
+    plan = rank_memory(ModelSource(FIFTY_MILLION), EngineConfig(name="single"), sizes)
     assert plan.total == pytest.approx(held.parameters + held.optimizer + live.peak, rel=0.1)
     flops = found.flops.train() * batch.tokens.numel()
     assert counter.get_total_flops() == pytest.approx(flops, rel=0.1)
@@ -231,14 +222,8 @@ def test_more_shards_never_need_more(kind: str) -> None:
 
     def total(ranks: int) -> int:
         config = EngineConfig(name="fsdp", activation_checkpointing=kind)
-        return rank_memory(
-            ModelSource(tiny_llama_config()),
-            config,
-            ranks=ranks,
-            sequence_length=LENGTH,
-            micro_batch_size=2,
-            micro_batches=1,
-        ).total
+        source, sizes = ModelSource(tiny_llama_config()), StepSizes(ranks, LENGTH, micro_batch_size=2)
+        return rank_memory(source, config, sizes).total
 
     found = [total(ranks) for ranks in (1, 2, 4, 8)]
     assert found == sorted(found, reverse=True)

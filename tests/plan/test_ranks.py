@@ -11,7 +11,7 @@ import pytest
 from opmix_dist.config import EngineConfig
 from opmix_dist.models.source import ModelSource
 from opmix_dist.plan.held import deepspeed_memory, megatron_memory
-from opmix_dist.plan.memory import RankMemory, rank_memory
+from opmix_dist.plan.memory import RankMemory, StepSizes, rank_memory
 from tests.helpers import torchrun
 from tests.plan.plan_ranks import CASES, LENGTH, MODEL, SAMPLES
 
@@ -31,12 +31,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 def planned(name: str) -> RankMemory:
     settings, micro_batches = CASES[name]
     config, source = EngineConfig(**settings), ModelSource(MODEL)
-    shape = {"ranks": 2, "sequence_length": LENGTH, "micro_batch_size": SAMPLES}
-    if config.name == "deepspeed":
-        return deepspeed_memory(source, config, **shape)
-    if config.name == "megatron":
-        return megatron_memory(source, config, micro_batches=micro_batches, **shape)
-    return rank_memory(source, config, micro_batches=micro_batches, **shape)
+    sizes = StepSizes(2, LENGTH, SAMPLES, micro_batches)
+    measure = {"deepspeed": deepspeed_memory, "megatron": megatron_memory}.get(config.name, rank_memory)
+    return measure(source, config, sizes)
 
 
 @pytest.mark.parametrize("name", CASES)
