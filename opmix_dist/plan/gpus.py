@@ -38,21 +38,25 @@ GPUS = {
         Gpu("h100", "NVIDIA H100 80GB HBM3", 80),
         Gpu("h100-nvl", "NVIDIA H100 NVL", 94),
         Gpu("h200", "NVIDIA H200", 141),
+        Gpu("gh200", "NVIDIA GH200 480GB", 96, per_node=1),
         Gpu("b200", "NVIDIA B200", 180),
         Gpu("gb200", "NVIDIA GB200", 186, per_node=4),
+        Gpu("b300", "NVIDIA B300", 270),
+        Gpu("gb300", "NVIDIA GB300", 279, per_node=4),
         Gpu("l40s", "NVIDIA L40S", 48),
+        Gpu("l4", "NVIDIA L4", 24),
         Gpu("mi300x", "AMD Instinct MI300X", 192),
         Gpu("mi325x", "AMD Instinct MI325X", 256),
     )
 }
 
 
-def find_gpu(name: str) -> Gpu:
+def find_gpu(name: str, option: str = "--gpu") -> Gpu:
     """
     Raises:
-        UserError: no such name.
+        UserError: no such name; ``option`` is where it was given.
     """
     gpu = GPUS.get(name.lower())
     if gpu is None:
-        raise UserError(f"--gpu {name} is not known: choose one of {', '.join(GPUS)}")
+        raise UserError(f"{option} {name} is not known: choose one of {', '.join(GPUS)}")
     return gpu
