@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opmix_dist import __version__
+from opmix_dist.compare_command import add_compare_command
 from opmix_dist.convert_command import add_convert_command
 from opmix_dist.data_commands import add_data_commands
 from opmix_dist.errors import UserError
@@ -111,9 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(run=_report)
 
-    compare = commands.add_parser("compare", help="print tables of several runs; the first is the baseline")
-    compare.add_argument("run_dirs", nargs="+", type=Path)
-    compare.set_defaults(run=_compare)
+    add_compare_command(commands)
     return parser
 
 
@@ -277,15 +276,6 @@ def _report(arguments: argparse.Namespace, rest: list[str]) -> None:
         raise UserError("--out is for the comparison of several runs: one run's report lies in its folder")
     baseline = RunDir(arguments.baseline) if arguments.baseline else None
     print(write_report(runs[0], baseline=baseline))
-
-
-def _compare(arguments: argparse.Namespace, rest: list[str]) -> None:
-    from rich import print
-
-    from opmix_dist.exchange.rundir import RunDir
-    from opmix_dist.report.tables import comparison_table
-
-    print(comparison_table([(path.name, RunDir(path)) for path in arguments.run_dirs]))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from opmix_dist.exchange.schemas import PhaseCost
 from opmix_dist.report import words
@@ -27,22 +27,28 @@ def amounts(costs: Mapping[str, PhaseCost], unit: str) -> dict[str, float]:
     return {phase: amount for phase, amount in found.items() if amount}
 
 
+def mean_amounts(ledgers: Sequence[Mapping[str, PhaseCost]], unit: str) -> dict[str, float]:
+    """By phase, over several courses; one that lacks a phase has spent nothing on it."""
+    return {phase: amount / len(ledgers) for phase, amount in amounts(add_up(ledgers), unit).items()}
+
+
 def less_compute(
-    name: str, costs: Mapping[str, PhaseCost], baseline: str, baselines: Mapping[str, PhaseCost], unit: str
+    name: str, parts: Mapping[str, float], baseline: str, baseline_parts: Mapping[str, float], unit: str
 ) -> str:
     """``opmix: 34.0% less compute than retrain, in FLOPs: 6.6 T (train 6 T + probes 600 G) against 10 T
     (train 10 T)``.
 
     Args:
-        costs, baselines: by phase; every part that has any of ``unit`` is named.
-        unit: a key of UNITS.
+        parts, baseline_parts: amounts by phase; each is named.
+        unit: a key of UNITS, that they are in.
     """
-    mine, its = amounts(costs, unit), amounts(baselines, unit)
-    if not sum(its.values()):
+    mine, its = sum(parts.values()), sum(baseline_parts.values())
+    if not its:
         return f"{name}: {baseline} has no {UNITS[unit]} to compare with"
-    change = sum(mine.values()) / sum(its.values()) - 1
-    how = f"{words.share(abs(change))} {'less' if change <= 0 else 'more'} compute than {baseline}"
-    return f"{name}: {how}, in {UNITS[unit]}: {_sum(mine)} against {_sum(its)}"
+    how = f"{words.share(abs(mine / its - 1))} {'less' if mine < its else 'more'} compute than {baseline}"
+    if mine == its:
+        how = f"as much compute as {baseline}"
+    return f"{name}: {how}, in {UNITS[unit]}: {_sum(parts)} against {_sum(baseline_parts)}"
 
 
 def _sum(parts: Mapping[str, float]) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from scipy import stats
 
 
@@ -23,7 +23,7 @@ class Spread:
         """ValueError without values."""
         if not values:
             raise ValueError("no values")
-        return cls(len(values), statistics.fmean(values), _deviation(values))
+        return cls(len(values), *_mean_and_deviation(values))
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def paired(
     found = [value - baseline[seed] for seed, value in values.items() if seed in baseline]
     if not found:
         return None
-    mean, deviation = statistics.fmean(found), _deviation(found)
+    mean, deviation = _mean_and_deviation(found)
     if deviation is None:
         return Difference(1, mean, None, None, None)
     n = len(found)
@@ -63,5 +63,6 @@ def paired(
     return Difference(n, mean, deviation, mean - half, mean + half)
 
 
-def _deviation(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None
+def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    with np.errstate(invalid="ignore"):  # a loss may have diverged to inf
+        return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None

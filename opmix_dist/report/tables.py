@@ -11,15 +11,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from opmix_dist.errors import UserError
-from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.exchange.schemas import EvalLine, Fit, PhaseCost, Proposal
 from opmix_dist.report import words
-from opmix_dist.report.reading import final_line, read_run
 
 AVERAGES = "The average perplexity is the mean over domains of exp(loss), not exp of the average loss."
 
@@ -125,25 +122,6 @@ def mixture_rows(mixtures: Sequence[Mapping[str, float]]) -> list[tuple[str, tup
     return [(domain, tuple(mixture.get(domain, 0.0) for mixture in mixtures)) for domain in domains]
 
 
-def comparison_table(runs: Sequence[tuple[str, RunDir]]) -> Group:
-    """Three tables for ``rich.console.Console.print``: losses, final mixtures, and costs by phase.
-
-    Args:
-        runs: (label, run) of finished runs over the same domains, the baseline first.
-
-    Raises:
-        UserError: a run has not finished, or was evaluated on other domains; names the file or the domains.
-    """
-    labels = [label for label, _ in runs]
-    summaries = [run.summary() for _, run in runs]
-    costs = [read_run(run).costs for _, run in runs]
-    return Group(
-        _loss_table(labels, [final_line(summary) for summary in summaries]),
-        _mixture_table(labels, [summary.mixture for summary in summaries]),
-        _cost_table(labels, costs),
-    )
-
-
 def proposal_tables(proposal: Proposal) -> list[Table]:
     """What a search found: shares with intervals, losses of staying and of moving, and the gain."""
     return [_shares_table(proposal), _landing_table(proposal), *_gain_tables(proposal)]
@@ -206,48 +184,4 @@ def _table(title: str, first: Sequence[str], numbers: Sequence[str], caption: st
         table.add_column(Text(header))
     for header in numbers:
         table.add_column(Text(header), justify="right")
-    return table
-
-
-def _loss_table(labels: Sequence[str], finals: Sequence[EvalLine]) -> Table:
-    per_run = [f"{label}\n{what}" for label in labels for what in ("loss", "perplexity")]
-    compared = [f"{label}\n− {labels[0]}" for label in labels[1:]]
-    table = _table("Held-out loss (nats per token)", ["domain"], [*per_run, *compared], AVERAGES)
-    rows = loss_rows(finals)
-    for row in rows:
-        if row is rows[-1]:
-            table.add_section()
-        table.add_row(row.label, *_loss_cells(row), *_difference_cells(row))
-    table.add_section()
-    tokens = [cell for final in finals for cell in (words.si(final.tokens), "")]
-    table.add_row("training tokens", *tokens)
-    return table
-
-
-def _loss_cells(row: LossRow) -> list[Text]:
-    cells = []
-    for loss, value in zip(row.losses, row.perplexities, strict=True):
-        style = "bold" if loss == row.best and len(row.losses) > 1 else ""
-        cells += [Text(words.loss(loss), style), Text(f"{value:.2f}", style)]
-    return cells
-
-
-def _difference_cells(row: LossRow) -> list[Text]:
-    return [Text(words.signed(d), "bold green" if d < 0 else "") for d in row.differences[1:]]
-
-
-def _mixture_table(labels: Sequence[str], mixtures: Sequence[Mapping[str, float]]) -> Table:
-    table = _table("Final mixture", ["domain"], labels)
-    for domain, weights in mixture_rows(mixtures):
-        table.add_row(domain, *map(words.share, weights))
-    return table
-
-
-def _cost_table(labels: Sequence[str], costs: Sequence[Mapping[str, PhaseCost]]) -> Table:
-    table = _table("Cost by phase", ["run", "phase"], COST_HEADER)
-    for label, ledger in zip(labels, costs, strict=True):
-        for phase, cost in cost_rows(ledger):
-            style = "bold" if phase == "total" else ""
-            table.add_row(Text(label), Text(phase), *cost_cells(cost), style=style)
-        table.add_section()
     return table

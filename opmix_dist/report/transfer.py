@@ -79,12 +79,12 @@ class Matrix:
     def forgetting(self, stage: int) -> np.ndarray:
         """[D] rise over the best value so far, of a stage's old domains, nan elsewhere: R[s, d] - min over
         r < s of R[r, d]. Below 0 where the stage has improved on it."""
-        rise = self.values[stage] - np.fmin.reduce(self.values[:stage])
+        rise = _minus(self.values[stage], np.fmin.reduce(self.values[:stage]))
         return np.where(self.old(stage), rise, np.nan)
 
     def acquisition(self, stage: int) -> np.ndarray:
         """[D] fall during a stage, of the domains that joined in it, nan elsewhere: R[s - 1, d] - R[s, d]."""
-        return np.where(self.new(stage), self.values[stage - 1] - self.values[stage], np.nan)
+        return np.where(self.new(stage), _minus(self.values[stage - 1], self.values[stage]), np.nan)
 
     def mean_forgetting(self, stage: int) -> float:
         """Over the stage's old domains; nan where it has none."""
@@ -94,7 +94,7 @@ class Matrix:
         """Over the domains that joined a model which had read others before: each in its own stage."""
         rows = np.arange(len(self.domains))
         joins = np.minimum(self.joined, self.last)
-        fall = self.values[np.maximum(joins - 1, 0), rows] - self.values[joins, rows]
+        fall = _minus(self.values[np.maximum(joins - 1, 0), rows], self.values[joins, rows])
         first = 1 if (self.joined == 0).any() else 2
         return _mean(fall, (self.joined >= first) & (self.joined <= self.last))
 
@@ -103,7 +103,7 @@ class Matrix:
         joined: above 0 where later stages lowered it. Minus BWT of a metric of which more is better."""
         rows = np.arange(len(self.domains))
         learnt = self.values[np.minimum(self.joined, self.last), rows]
-        return _mean(learnt - self.values[self.last], self.old(self.last))
+        return _mean(_minus(learnt, self.values[self.last]), self.old(self.last))
 
     def forward_transfer(self) -> float:
         """Mean over the domains that joined in stage j = 2 or later of R[0, d] - R[j - 1, d]: above 0 where
@@ -111,14 +111,56 @@ class Matrix:
         place of a random one, which it is where the first stage starts from fresh weights."""
         rows = np.arange(len(self.domains))
         eve = self.values[np.clip(self.joined - 1, 0, self.last), rows]
-        return _mean(self.values[0] - eve, (self.joined >= 2) & (self.joined <= self.last))
+        return _mean(_minus(self.values[0], eve), (self.joined >= 2) & (self.joined <= self.last))
 
     def average(self, stage: int, mask: np.ndarray | None = None) -> float:
         """Mean over domains after a stage, of those in ``mask`` [D], or of all."""
         return _mean(self.values[stage], np.ones(len(self.domains), bool) if mask is None else mask)
 
 
+@dataclass(frozen=True)
+class MeanMatrix:
+    """Matrices of several seeds put together."""
+
+    one: Matrix
+    """The first seed's, for what all have in common."""
+    values: np.ndarray
+    """[S + 1, D] mean over seeds."""
+    forgetting: np.ndarray
+    """[S + 1, D] mean over seeds of each one's forgetting, nan where a domain is not old; row 0 is nan."""
+
+    @classmethod
+    def of(cls, matrices: Sequence[Matrix]) -> MeanMatrix:
+        """Of the same stages, each over the domains of the first; ValueError otherwise."""
+        first = matrices[0]
+        for other in matrices[1:]:
+            if other.stages != first.stages or {*other.domains} != {*first.domains}:
+                raise ValueError("matrices of other stages or domains have no mean")
+        orders = [[other.domains.index(name) for name in first.domains] for other in matrices]
+        values = [other.values[:, order] for other, order in zip(matrices, orders, strict=True)]
+        rises = [_forgetting(other)[:, order] for other, order in zip(matrices, orders, strict=True)]
+        with np.errstate(invalid="ignore"):  # of inf and -inf
+            return cls(first, np.mean(values, axis=0), np.mean(rises, axis=0))
+
+    @property
+    def staged(self) -> bool:
+        """There is more to see than one column of losses: several stages, or domains that were old."""
+        return len(self.one.stages) > 1 or bool((self.one.joined == 0).any())
+
+
+def _forgetting(matrix: Matrix) -> np.ndarray:
+    """[S + 1, D]."""
+    first = np.full(len(matrix.domains), np.nan)
+    return np.stack([first, *(matrix.forgetting(stage) for stage in range(1, matrix.last + 1))])
+
+
 def _mean(values: np.ndarray, mask: np.ndarray) -> float:
     """Of the values [D] in a mask. nan where there are none, or one was not measured: a mean of the others
     would be one of something else."""
     return float(values[mask].mean()) if mask.any() else float("nan")
+
+
+def _minus(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """A difference; of a loss that diverged before and after nobody knows it."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(values - others)

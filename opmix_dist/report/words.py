@@ -28,7 +28,10 @@ def loss(value: float | None, stderr: float | None = None) -> str:
 
 
 def signed(value: float | None) -> str:
-    return ABSENT if value is None else f"{value:+.4f}".replace("-", "−")
+    if value is None:
+        return ABSENT
+    # a difference of -1e-17 is none
+    return f"{round(value, 4) + 0.0:+.4f}".replace("-", "−")
 
 
 def share(value: float) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
+from opmix_dist.atomic import write_bytes
 from opmix_dist.config import check_config
 from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import RunDir, SearchDir, write_record
@@ -45,7 +48,7 @@ STEPS, TOKENS_PER_STEP = 100, 1000
 class RunWriter:
     """Writes the parts of a run one by one, so that a test can stop anywhere."""
 
-    def __init__(self, path: Path, policy: str = "opmix") -> None:
+    def __init__(self, path: Path, policy: str = "opmix", **settings: Any) -> None:
         self.run = RunDir(path)
         self.run.write_config(
             check_config(
@@ -55,6 +58,7 @@ class RunWriter:
                     "data": {"root": "data"},
                     "train": {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2},
                     "mixture": {"policy": policy},
+                    **settings,
                 }
             )
         )
@@ -95,11 +99,19 @@ class RunWriter:
         files.append_jsonl(self.run.eval_file, line.model_dump(mode="json"))
         return self
 
-    def summary(self, losses: list[float], costs: dict[str, PhaseCost]) -> RunWriter:
+    def summary(
+        self,
+        losses: list[float],
+        costs: dict[str, PhaseCost],
+        *,
+        domain_tokens: dict[str, int] | None = None,
+        history: dict[str, int] | None = None,
+    ) -> RunWriter:
         record = Summary(
             steps=STEPS,
-            tokens=STEPS * TOKENS_PER_STEP,
-            domain_tokens=dict.fromkeys(DOMAINS, 33_333),
+            tokens=STEPS * TOKENS_PER_STEP if domain_tokens is None else sum(domain_tokens.values()),
+            domain_tokens=domain_tokens or dict.fromkeys(DOMAINS, 33_333),
+            history=history or {},
             final_loss=dict(zip(DOMAINS, losses, strict=True)),
             final_stderr=dict.fromkeys(DOMAINS, 0.03),
             final_search_loss={domain: loss + 0.0625 for domain, loss in zip(DOMAINS, losses, strict=True)},
@@ -141,6 +153,30 @@ class RunWriter:
         write_record(search.proposal_file, _proposal(search.name, u))
         write_record(search.status_file, SearchStatus(stage=SearchStage.PROPOSED))
         return search
+
+
+# Held-out losses of a lifecycle before its first stage and after each of three, in the order of DOMAINS, and
+# what each stage reads: web, then code, then books.
+STAGE_LOSSES = ([9.0, 9.0, 9.0], [3.0, 7.0, 8.0], [3.5, 2.0, 7.0], [3.75, 2.25, 4.0])
+STAGE_NAMES = ("pretrain", "midtrain", "instruct")
+STAGE_TOKENS = 60_000
+
+
+def write_lifecycle(path: Path, *, seed: int = 0, shift: float = 0.0, flops: float = 6e12) -> Path:
+    """A lifecycle of three stages that have ended, losses higher by ``shift`` after the last one."""
+    write_bytes(
+        path / "lifecycle.yaml", yaml.safe_dump({"stages": [{"name": n} for n in STAGE_NAMES]}).encode()
+    )
+    history: dict[str, int] = {}
+    for i, (name, domain) in enumerate(zip(STAGE_NAMES, DOMAINS, strict=True)):
+        writer = RunWriter(path / "stages" / name, policy="static", seed=seed)
+        writer.mixture(0, {domain: 1.0}, "initial mixture").evaluation(0, STAGE_LOSSES[i])
+        losses = [loss + (shift if i == 2 else 0.0) for loss in STAGE_LOSSES[i + 1]]
+        costs = {"train": PhaseCost(seconds=10, device_seconds=20, flops=flops, tokens=STAGE_TOKENS)}
+        tokens = dict.fromkeys(DOMAINS, 0) | {domain: STAGE_TOKENS}
+        writer.summary(losses, costs, domain_tokens=tokens, history=history)
+        history = {**history, domain: STAGE_TOKENS}
+    return path
 
 
 def measured(step: int) -> dict[str, object]:

@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-import io
 import math
 
 import pytest
-from rich.console import Console
 
 from opmix_dist.errors import UserError
-from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.exchange.schemas import EvalLine, PhaseCost
 from opmix_dist.report import tables, words
 
@@ -55,32 +52,6 @@ def test_mfu_is_known_of_what_every_part_of_it_is_known_of():
 
 def test_mixture_rows_give_absent_domains_no_weight():
     assert tables.mixture_rows([{"a": 1.0}, {"b": 0.4, "a": 0.6}]) == [("a", (1.0, 0.6)), ("b", (0.0, 0.4))]
-
-
-def test_printed_tables(baseline: RunDir, finished: RunDir):
-    console = Console(width=120, record=True, file=io.StringIO())
-    console.print(tables.comparison_table([("uniform", baseline), ("opmix", finished)]))
-    lines = [line.split() for line in console.export_text().replace("│", " ").splitlines()]
-    # exp(3.5), exp(3.52); code 1.5 -> 1.3; average perplexity (33.115 + 4.482 + 54.598) / 3 = 30.73
-    assert ["web", "3.5000", "33.12", "3.5200", "33.78", "+0.0200"] in lines
-    assert ["code", "1.5000", "4.48", "1.3000", "3.67", "−0.2000"] in lines
-    assert ["average", "3.0000", "30.73", "2.9067", "28.95", "−0.0933"] in lines
-    assert ["code", "33.3%", "50.0%"] in lines
-    assert ["opmix", "search", "0001:", "probes", "4.0", "8.0", "2", "T", "200", "k", "–"] in lines
-    assert ["opmix", "train", "11.0", "22.0", "6", "T", "100", "k", "25.0%"] in lines
-    assert ["opmix", "total", "17.0", "34.0", "9", "T", "400", "k", "–"] in lines, "the pool's is not known"
-
-
-def test_the_better_values_are_emphasised():
-    (row, _) = tables.loss_rows([final({"a": 1.0}), final({"a": 0.5})])
-    assert [str(cell.style) for cell in tables._loss_cells(row)] == ["", "", "bold", "bold"]
-    assert [str(cell.style) for cell in tables._difference_cells(row)] == ["bold green"]
-
-
-def test_an_unfinished_run_is_named(baseline: RunDir, finished: RunDir):
-    finished.summary_file.unlink()
-    with pytest.raises(UserError, match=r"opmix/summary\.json is missing"):
-        tables.comparison_table([("uniform", baseline), ("opmix", finished)])
 
 
 @pytest.mark.parametrize(
