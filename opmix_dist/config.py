@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ByteSize, Field, field_validator, model_validator
 
 from opmix_dist.data.remote import is_url
-from opmix_dist.method_config import MethodConfig
+from opmix_dist.method_config import LoRAConfig, MethodConfig
 from opmix_dist.search_config import SearchConfig
 from opmix_dist.settings import Section, check_settings, read_settings
 
@@ -37,6 +37,11 @@ class ModelConfig(Section):
         "max_position_embeddings, rope_theta, rope_scaling, rope_parameters, sliding_window",
     )
     trust_remote_code: bool = Field(False, description="run model code that comes with a checkpoint")
+    lora: LoRAConfig | None = Field(
+        None,
+        description="train adapters only: rank, alpha, dropout; snapshots and the export are merged; null: "
+        "all parameters",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
@@ -467,6 +472,17 @@ class RunConfig(SharedConfig):
     def _replay_of_what(self) -> RunConfig:
         if isinstance(self.data.replay_samples, int) and self.start.run is None:
             raise ValueError("data.replay_samples needs a start.run, or samples by domain")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_beside_whole_weights(self) -> RunConfig:
+        if self.model.lora is not None and self.engine.float8:
+            raise ValueError("model.lora leaves no layer to engine.float8: set that to false")
+        if self.model.lora is not None and self.engine.fsdp.tensor_parallel > 1:
+            raise ValueError(
+                f"model.lora trains beside whole weights, and engine.fsdp.tensor_parallel is "
+                f"{self.engine.fsdp.tensor_parallel}: set it to 1"
+            )
         return self
 
     @model_validator(mode="after")

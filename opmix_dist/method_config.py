@@ -11,6 +11,13 @@ from pydantic import Field, model_validator
 
 from opmix_dist.settings import Section
 
+
+class LoRAConfig(Section):
+    rank: int = Field(16, ge=1, description="LoRA rank")
+    alpha: int = Field(32, gt=0, description="LoRA alpha; the delta is alpha / rank * B A")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapters' input")
+
+
 MethodName = Literal["plain", "sdft", "distill"]
 
 

@@ -23,7 +23,8 @@ from opmix_dist.config import EngineConfig, OptimizerConfig
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import Placement, Role, World
 from opmix_dist.engines.fsdp import FSDPEngine
-from opmix_dist.engines.single import SingleEngine, adamw, materialise
+from opmix_dist.engines.optimizer import adamw
+from opmix_dist.engines.single import SingleEngine, materialise
 from opmix_dist.models.attention import WITHOUT_MASK
 from opmix_dist.models.source import ModelSource
 from opmix_dist.seeds import derive_seed

@@ -133,6 +133,17 @@ class Engine(ABC):
         """Its name in the configuration and how it divides the model, for the log and for checkpoints."""
 
     @property
+    def trained(self) -> dict[str, torch.Size]:
+        """Shapes of the parameters that AdamW changes and checkpoints hold, by name: all of the model's, or
+        adapters beside them."""
+        return self.shapes
+
+    @property
+    def train_flops(self) -> float:
+        """Model FLOPs of a training step, per token."""
+        return self.flops.train()
+
+    @property
     def num_parameters(self) -> int:
         return sum(shape.numel() for shape in self.shapes.values())
 
@@ -233,19 +244,20 @@ class Engine(ABC):
         return self.sum(losses)
 
     def share(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """This rank's share of the parameters: whole, copied to the CPU, by name; every parameter is in the
-        share of exactly one rank (:func:`owners`). No rank holds the whole model at any time."""
+        """This rank's share of the parameters: whole, copied to the CPU, by name, with adapters merged into
+        them; every parameter is in the share of exactly one rank (:func:`owners`). No rank holds the whole
+        model at any time."""
         mine = owners(self.shapes, self.world.size)
         return {
             name: tensor.detach().to("cpu", dtype, copy=True)
-            for name, tensor in self._whole("parameter")
+            for name, tensor in self._merged()
             if mine[name] == self.world.rank
         }
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole parameters of the model in the order of ``shapes``, one at a time, on every rank; float32, on
-        any device. Not to be changed."""
-        return self._whole("parameter")
+        """Whole parameters of the model in the order of ``shapes``, with adapters merged into them, one at a
+        time, on every rank; float32, on any device. Not to be changed."""
+        return self._merged()
 
     def state_dict(self) -> dict[str, Any]:
         """What torch DCP saves: ``{"parameter": {name: tensor}, "exp_avg": ..., "exp_avg_sq": ..., "step":
@@ -299,8 +311,12 @@ class Engine(ABC):
 
     @abstractmethod
     def _whole(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors of all parameters in the order of ``shapes``, one at a time, on every rank; float32,
-        on any device. A moment that AdamW has not made yet is zeros."""
+        """Whole tensors of all trained parameters in the order of ``trained``, one at a time, on every rank;
+        float32, on any device. A moment that AdamW has not made yet is zeros."""
+
+    def _merged(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole parameters of the model in the order of ``shapes``, as :meth:`_whole` gives them."""
+        return self._whole("parameter")
 
     @abstractmethod
     def _set_whole(self, kind: Kind, name: str, tensor: Tensor) -> None:
@@ -308,14 +324,14 @@ class Engine(ABC):
 
     def _state(self, kind: Kind) -> dict[str, Tensor]:
         """What DCP saves of all parameters; of engines whose tensors it can divide itself, these."""
-        mine = owners(self.shapes, self.world.size)
+        mine = owners(self.trained, self.world.size)
         whole = self._whole(kind)
         return {n: t.detach().cpu().clone() for n, t in whole if mine[n] == self.world.rank}
 
     def _load(self, kind: Kind, read: Callable[[dict[str, Any]], None]) -> None:
         """Fill all parameters' tensors by ``read``."""
-        for names in _parts(self.shapes):
-            part = {name: torch.empty(self.shapes[name]) for name in names}
+        for names in _parts(self.trained):
+            part = {name: torch.empty(self.trained[name]) for name in names}
             read({kind: part})
             for name, tensor in part.items():
                 self._set_whole(kind, name, tensor)
@@ -328,8 +344,13 @@ def refuse_methods(config: RunConfig) -> None:
     """For :meth:`Engine.check` of engines that do not take them.
 
     Raises:
-        UserError: ``method.name`` is not plain.
+        UserError: ``method.name`` is not plain, or there is a ``model.lora``.
     """
+    if config.model.lora is not None:
+        raise UserError(
+            f"model.lora does not train on engine.name {config.engine.name}: set it to single or fsdp, or "
+            "leave out model.lora"
+        )
     if config.method.name != "plain":
         raise UserError(
             f"method.name {config.method.name} does not run on engine.name {config.engine.name}: set it to "

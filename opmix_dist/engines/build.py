@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -11,6 +11,7 @@ from opmix_dist.config import EngineConfig, FSDPConfig, OptimizerConfig, RunConf
 from opmix_dist.distributed import World
 from opmix_dist.engines.base import Engine
 from opmix_dist.errors import UserError
+from opmix_dist.method_config import LoRAConfig
 from opmix_dist.models.documents import require_documents_apart
 from opmix_dist.models.long_context import require_attention, require_positions, tell_masks
 from opmix_dist.models.source import ModelSource
@@ -27,6 +28,8 @@ class EngineClass(Protocol):
         config: EngineConfig,
         optimizer: OptimizerConfig,
         sequence_length: int,
+        lora: LoRAConfig | None = None,
+        adapter_seed: int = 0,
     ) -> Engine: ...
 
     def check(self, config: RunConfig, ranks: int) -> None: ...
@@ -41,8 +44,13 @@ ENGINES = {
 }
 
 
-def build_engine(config: RunConfig, source: ModelSource, world: World, sequence_length: int) -> Engine:
+def build_engine(
+    config: RunConfig, source: ModelSource, world: World, sequence_length: int, *, adapter_seed: int = 0
+) -> Engine:
     """Collective over the trainer ranks.
+
+    Args:
+        adapter_seed: of the adapters of ``model.lora``.
 
     Raises:
         UserError: ``engine.name: single`` with more than one trainer rank, an engine whose package is not
@@ -59,12 +67,17 @@ def build_engine(config: RunConfig, source: ModelSource, world: World, sequence_
     chosen = engine_class(name)
     chosen.check(config, world.size)
     _require_length(config, source, world, sequence_length, own_attention=name == "megatron")
+    # most engines know no adapters, and have refused them
+    adapters: dict[str, Any] = {}
+    if config.model.lora is not None:
+        adapters = {"lora": config.model.lora, "adapter_seed": adapter_seed}
     engine = chosen(
         source,
         world,
         config=config.engine,
         optimizer=config.optimizer,
         sequence_length=sequence_length,
+        **adapters,
     )
     if config.data.mask_documents:
         require_documents_apart(

@@ -31,7 +31,8 @@ from opmix_dist.engines.deepspeed_config import (
 )
 from opmix_dist.engines.deepspeed_files import require_nvme, save_native
 from opmix_dist.engines.held import HeldBytes, HeldCounter
-from opmix_dist.engines.single import DTYPES, SingleEngine, adamw, materialise, moments, start_moments
+from opmix_dist.engines.optimizer import adamw, moments, start_moments
+from opmix_dist.engines.single import DTYPES, SingleEngine, materialise
 from opmix_dist.engines.transfer import send
 from opmix_dist.errors import UserError
 from opmix_dist.models.build import transformer_blocks

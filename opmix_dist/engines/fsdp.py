@@ -30,7 +30,7 @@ from opmix_dist.errors import UserError
 from opmix_dist.models.build import transformer_blocks
 from opmix_dist.models.chunked_head import ChunkedHead
 from opmix_dist.models.sharding import own_part
-from opmix_dist.models.source import ModelSource
+from opmix_dist.models.source import Index, ModelSource
 
 
 class FSDPEngine(SingleEngine):
@@ -65,8 +65,8 @@ class FSDPEngine(SingleEngine):
         device = self.world.device
         self._shard(source)
         materialise(self.model, torch.device("cpu") if self.config.fsdp.cpu_offload else device, device)
-        for name, tensor in self._tensors("parameter").items():
-            fill(cast(DTensor, tensor), partial(source.part, name))
+        for name in self._all_names:
+            fill(cast(DTensor, self._tensor("parameter", name)), partial(self._initial, source, name))
 
     def _shard(self, source: ModelSource) -> None:
         """Divide the parameters, which are on the meta device."""
@@ -131,6 +131,22 @@ class FSDPEngine(SingleEngine):
                 if isinstance(module, FSDPModule):
                     module.reshard()
 
+    def parts(self) -> dict[str, Tensor]:
+        return {name: cast(DTensor, found).to_local() for name, found in super().parts().items()}
+
+    def place(self, name: str) -> Index:
+        return own_part(cast(DTensor, self._tensor("parameter", name)))
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        like = cast(DTensor, self._tensor("parameter", name))
+        return DTensor.from_local(
+            part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+        ).full_tensor()
+
+    def sum_parts(self, values: Tensor) -> Tensor:
+        """A number may be on several ranks, as in :meth:`_clip`."""
+        return self.world.sum(values.double().cpu() @ self._shares.double().cpu())
+
     def _gradients(self) -> dict[str, Tensor]:
         return {name: cast(DTensor, found).to_local() for name, found in super()._gradients().items()}
 
@@ -138,7 +154,7 @@ class FSDPEngine(SingleEngine):
         """Parameters are divided over the whole mesh or over a part of it, so a number of the gradient may be
         on several ranks: each counts it as the share that makes 1 of all of them. One sum over the ranks
         follows, whatever the meshes."""
-        local = [cast(DTensor, parameter.grad).to_local() for parameter in self.model.parameters()]
+        local = [cast(DTensor, parameter.grad).to_local() for parameter in self._trained_parameters]
         norms = torch.stack(torch._foreach_norm(local))
         squares = norms.square() @ self._shares
         mine = checks if self.replica.counts else torch.zeros_like(checks)
@@ -151,13 +167,16 @@ class FSDPEngine(SingleEngine):
     @cached_property
     def _shares(self) -> Tensor:
         """[parameters] float32, where the gradients are."""
-        parameters = [cast(DTensor, parameter) for parameter in self.model.parameters()]
+        parameters = [cast(DTensor, parameter) for parameter in self._trained_parameters]
         shares = [_pieces(parameter) / self.world.size for parameter in parameters]
         return torch.tensor(shares, device=parameters[0].to_local().device)
 
     def _whole(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self._tensors(kind).items():
             yield name, plain(tensor)
+
+    def _whole_parameter(self, name: str) -> Tensor:
+        return plain(super()._whole_parameter(name))
 
     def _set_whole(self, kind: Kind, name: str, tensor: Tensor) -> None:
         fill(cast(DTensor, self._tensor(kind, name)), tensor.__getitem__)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import cast
@@ -14,15 +14,18 @@ from transformers import PreTrainedModel
 from opmix_dist.config import EngineConfig, OptimizerConfig
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import World
-from opmix_dist.engines.base import Engine, Kind, Replica, StepResult, loss_checks
+from opmix_dist.engines.base import BatchLoss, Engine, Kind, Replica, StepResult, loss_checks
 from opmix_dist.engines.blocks import prepare_blocks, use_float8
 from opmix_dist.engines.held import HeldBytes, HeldCounter
+from opmix_dist.engines.optimizer import adamw, moments, start_moments
 from opmix_dist.engines.transfer import read_later, send
+from opmix_dist.method_config import LoRAConfig
 from opmix_dist.models.build import transformer_blocks
 from opmix_dist.models.chunked_head import ChunkedHead, chunked_head
 from opmix_dist.models.flops import count_flops
 from opmix_dist.models.loss import losses_of_logits, sample_losses
-from opmix_dist.models.source import ModelSource
+from opmix_dist.models.source import Index, ModelSource
+from opmix_dist.models.trained_lora import adapt
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -40,23 +43,37 @@ class SingleEngine(Engine):
         config: EngineConfig,
         optimizer: OptimizerConfig,
         sequence_length: int,
+        lora: LoRAConfig | None = None,
+        adapter_seed: int = 0,
     ) -> None:
         self.world, self.config, self.max_grad_norm = world, config, optimizer.max_grad_norm
         self.replica = self._find_replica()
         self.hf_config, self.shapes = source.hf_config, source.shapes
         model = source.build()
-        self.flops = count_flops(model, sequence_length)
+        self.flops = count_flops(model, sequence_length, 0 if lora is None else lora.rank)
         cast(nn.Module, model).train()
         if config.float8:
             use_float8(transformer_blocks(model), world.device)
         self.model = model
+        self.adapters = None if lora is None else adapt(model, lora, seed=adapter_seed)
         self.head = self._chunked_head()
         self._place(source)
+        self._trained_parameters = [self._parameter(name) for name in self.trained]
         self.optimizer = self._start_optimizer(optimizer)
 
     @property
     def layout(self) -> str:
         return "single"
+
+    @cached_property
+    def trained(self) -> dict[str, torch.Size]:
+        if self.adapters is None:
+            return self.shapes
+        return {name: self.adapters.shape(name) for name in self.adapters.names}
+
+    @property
+    def train_flops(self) -> float:
+        return super().train_flops if self.adapters is None else self.flops.probe()
 
     def _find_replica(self) -> Replica:
         return Replica(0, 1)
@@ -67,20 +84,31 @@ class SingleEngine(Engine):
     def _place(self, source: ModelSource) -> None:
         """Bring the model, whose parameters are on the meta device, to the trainers' devices."""
         materialise(self.model, self.world.device)
-        for name in self.shapes:
-            self._set_whole("parameter", name, source.tensor(name))
+        for name in self._all_names:
+            self._set_whole("parameter", name, self._initial(source, name, ()))
         prepare_blocks(transformer_blocks(self.model), self.config)
 
+    @property
+    def _all_names(self) -> list[str]:
+        """Of the parameters, adapters included."""
+        return [*self.shapes, *(() if self.adapters is None else self.adapters.names)]
+
+    def _initial(self, source: ModelSource, name: str, index: Index) -> Tensor:
+        if name in self.shapes:
+            return source.part(name, index)
+        assert self.adapters is not None
+        return self.adapters.initial(name)[index]
+
     def _start_optimizer(self, config: OptimizerConfig) -> torch.optim.AdamW:
-        optimizer = adamw(self.model, self.shapes, config, fused=self.world.device.type == "cuda")
-        start_moments(optimizer, self.model.parameters())
+        optimizer = adamw(self.model, self.trained, config, fused=self.world.device.type == "cuda")
+        start_moments(optimizer, self._trained_parameters)
         return optimizer
 
     def held_bytes(self) -> HeldBytes:
         counter, parameters = HeldCounter(self.world.device), list(self.model.parameters())
         return HeldBytes(
             parameters=counter.count(parameters),
-            gradients=counter.count_like(parameters),
+            gradients=counter.count_like(self._trained_parameters),
             optimizer=counter.count(moments(self.optimizer)),
             offloaded=counter.offloaded,
         )
@@ -120,19 +148,9 @@ class SingleEngine(Engine):
     def _train_step(
         self, microbatches: Sequence[TokenBatch], targets: Tensor, total: int, lr: float
     ) -> StepResult:
-        # all before the first pass, and one look at the results in the whole step: the host runs ahead of a
-        # GPU, which goes on with AdamW while the step is booked and the next batch comes
-        on_device = send(microbatches, self.world.device)
-        losses = []
-        for i, batch in enumerate(on_device):
-            with self._accumulating(i == len(on_device) - 1):
-                with self._compute_context():
-                    sums = self._losses(batch)
-                # Gradients are averaged over replicas, hence the factor: the mean over all targets remains.
-                (sums.sum() * (self.replica.size / total)).backward()
-            losses.append(sums.detach())
-        sample_sums = torch.cat(losses).double()
-        self._complete_gradients()
+        # one look at the results in the whole step: the host runs ahead of a GPU, which goes on with AdamW
+        # while the step is booked and the next batch comes
+        sample_sums = self._passes(microbatches, total)
         if self._adjust is not None:
             self._adjust(self._gradients())
         checks, norm = self._clip(loss_checks(sample_sums))
@@ -144,6 +162,63 @@ class SingleEngine(Engine):
         result = StepResult(found[:-3], targets, found[-1].item())
         self._require_good(result, found[-3:-1], total)
         return result
+
+    def _passes(self, microbatches: Sequence[TokenBatch], total: float) -> Tensor:
+        """Forward and backward passes; leaves the gradient of the sum of all replicas' losses over ``total``.
+
+        Returns:
+            Sums of this replica's samples, [b] float64 on the device.
+        """
+        on_device = send(microbatches, self.world.device)  # all before the first pass
+        losses = []
+        for i, batch in enumerate(on_device):
+            with self._accumulating(i == len(on_device) - 1):
+                with self._compute_context():
+                    sums = self._losses(batch)
+                # gradients are averaged over replicas, hence the factor
+                (sums.sum() * (self.replica.size / total)).backward()
+            losses.append(sums.detach())
+        self._complete_gradients()
+        return torch.cat(losses).double()
+
+    def gradient(
+        self, microbatches: Sequence[TokenBatch], *, total: float, loss: BatchLoss | None = None
+    ) -> dict[str, Tensor]:
+        """Of the sum of all replicas' losses over ``total``, without dropout: this rank's part for each
+        trained parameter, by name. Changes nothing.
+
+        Args:
+            microbatches: the same number of them on every rank, and the same samples on all ranks of a
+                replica.
+            loss: in place of the cross-entropy.
+        """
+        self.model.eval()
+        self._batch_loss = loss
+        try:
+            self._passes(microbatches, total)
+            return self._gradients()
+        finally:
+            self._batch_loss = None
+            self.model.train()
+            self._drop_gradients()
+
+    def parts(self) -> dict[str, Tensor]:
+        """This rank's part of each trained parameter, by name, in the memory that is trained."""
+        return self._tensors("parameter")
+
+    def place(self, name: str) -> Index:
+        """Where this rank's part lies in the whole; () is all of it."""
+        return ()
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """What the ranks' parts make together: of a tensor that is divided as the parameter ``name`` is.
+        On every rank."""
+        return part
+
+    def sum_parts(self, values: Tensor) -> Tensor:
+        """Numbers that were summed over this rank's parts, [..., P] in the order of ``trained``, to what they
+        are over whole parameters, summed over these: [...] float64 on the CPU, on every rank."""
+        return values.double().sum(dim=-1).cpu()
 
     def _apply(self, lr: float, *, refused: Tensor) -> None:
         """AdamW's step, unless it is ``refused`` (0-dimensional, on the device). The fused AdamW looks at
@@ -163,12 +238,12 @@ class SingleEngine(Engine):
         """A parameter that no sample has used (an expert) has a gradient of 0, so that all have made the same
         number of AdamW's steps, in this engine as in others."""
         for parameter in self.model.parameters():
-            if parameter.grad is None:
+            if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
     def _gradients(self) -> dict[str, Tensor]:
         """This rank's part of each, by name; what is changed in place is changed in the step."""
-        return {name: cast(Tensor, self._parameter(name).grad) for name in self.shapes}
+        return {name: cast(Tensor, self._parameter(name).grad) for name in self.trained}
 
     def _clip(self, checks: Tensor) -> tuple[Tensor, Tensor]:
         """Clip the gradient.
@@ -180,7 +255,7 @@ class SingleEngine(Engine):
             Their sum over the replicas, and the gradient's norm before, float64 on the device and on every
             rank.
         """
-        return checks, nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm).double()
+        return checks, nn.utils.clip_grad_norm_(self._trained_parameters, self.max_grad_norm).double()
 
     def _evaluate(self, batch: TokenBatch, batch_size: int) -> Tensor:
         self.model.eval()
@@ -202,7 +277,7 @@ class SingleEngine(Engine):
 
     def _tensors(self, kind: Kind) -> dict[str, Tensor]:
         """The tensors that this engine works with, by name."""
-        return {name: self._tensor(kind, name) for name in self.shapes}
+        return {name: self._tensor(kind, name) for name in self.trained}
 
     def _tensor(self, kind: Kind, name: str) -> Tensor:
         parameter = self._parameter(name)
@@ -213,6 +288,17 @@ class SingleEngine(Engine):
 
     def _whole(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
         yield from self._tensors(kind).items()
+
+    def _merged(self) -> Iterator[tuple[str, Tensor]]:
+        if self.adapters is None:
+            yield from super()._merged()
+            return
+        for name in self.shapes:
+            yield name, self.adapters.merged(name, self._whole_parameter)
+
+    def _whole_parameter(self, name: str) -> Tensor:
+        """Adapters and frozen ones too; collective."""
+        return self._tensor("parameter", name)
 
     def _set_whole(self, kind: Kind, name: str, tensor: Tensor) -> None:
         self._tensor(kind, name).copy_(tensor)
@@ -229,51 +315,3 @@ def materialise(model: PreTrainedModel, device: torch.device, buffers: torch.dev
     module = cast(nn.Module, model)
     module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(buffers or device))
     model.tie_weights()
-
-
-def adamw(
-    model: nn.Module, shapes: Mapping[str, torch.Size], config: OptimizerConfig, *, fused: bool
-) -> torch.optim.AdamW:
-    """
-    Args:
-        shapes: of the whole parameters, which those of a sharded model do not always show.
-    """
-    return torch.optim.AdamW(
-        _decay_groups(model, shapes, config.weight_decay),
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=fused,
-    )
-
-
-def start_moments(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor]) -> None:
-    """Make the moments of ``parameters``, as AdamW itself would at its first step: so they can always be
-    loaded."""
-    for parameter in parameters:
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device if optimizer.defaults["fused"] else "cpu"),
-            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-        }
-
-
-def moments(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    """AdamW's two of each parameter."""
-    for state in optimizer.state.values():
-        yield from (state["exp_avg"], state["exp_avg_sq"])
-
-
-def _decay_groups(
-    model: nn.Module, shapes: Mapping[str, torch.Size], weight_decay: float
-) -> list[dict[str, object]]:
-    """Matrices decay; biases and norm gains do not. Parameters of one group are on one mesh, if any, because
-    AdamW's operations on lists take no mixture."""
-    groups: dict[tuple[bool, object], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        mesh = getattr(parameter, "device_mesh", None)
-        groups.setdefault((len(shapes[name]) >= 2, mesh), []).append(parameter)
-    return [
-        {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
-        for (decays, _), parameters in groups.items()
-    ]

@@ -109,6 +109,7 @@ class RunDir:
         self.stopped_file = self.path / "stopped.json"
         self.report_file = self.path / "report.html"
         self.export = self.path / "export" / "hf"
+        self.adapter = self.path / "export" / "adapter"
         self.snapshots = self.path / "snapshots"
         self.checkpoints = self.path / "checkpoints"
         self.searches = self.path / "searches"

@@ -18,35 +18,33 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from opmix_dist.bounded import require_ordinary
 from opmix_dist.errors import UserError
 from opmix_dist.models.compute import Compute
 from opmix_dist.models.computing import computed
 from opmix_dist.models.joint_linear import JointLoRALinear
+from opmix_dist.models.peft_files import read_peft, write_peft
 from opmix_dist.models.products import AdapterState, Mode, Products
 from opmix_dist.seeds import derive_seed
 
-ADAPTER_FILE = "adapter_model.safetensors"
 
+def require_adaptable(
+    model: PreTrainedModel, *, who: str = "probes", instead: str = "use mixture.policy static"
+) -> None:
+    """UserError naming the module that adapters cannot follow; to be asked before a run begins.
 
-def require_adaptable(model: PreTrainedModel) -> None:
-    """UserError naming the module that joint adapters cannot follow; to be asked before a run begins."""
+    Args:
+        who: adapts the model.
+        instead: what the user may do about it.
+    """
     for name, module in model.named_modules():
         kind = type(module).__name__
         if kind == "Conv1D":
-            raise UserError(
-                f"{name} is a Conv1D: probes adapt torch.nn.Linear only, so use mixture.policy static"
-            )
+            raise UserError(f"{name} is a Conv1D: {who} adapt torch.nn.Linear only, so {instead}")
         if kind.endswith(("Experts", "SparseMoeBlock", "MoE")):
-            raise UserError(
-                f"{name} routes tokens to experts, which joint probes cannot: use mixture.policy static"
-            )
+            raise UserError(f"{name} routes tokens to experts, which {who} cannot follow: {instead}")
 
 
 class JointAdapters:
@@ -204,33 +202,19 @@ class JointAdapters:
 
     def save_peft(self, index: int, folder: Path, base_model: str) -> None:
         """One adapter in PEFT's format; ``PeftModel.from_pretrained`` loads the folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {}
-        for name, layer in self.layers.items():
-            tensors[f"base_model.model.{name}.lora_A.weight"] = layer.A.detach()[index].cpu().contiguous()
-            tensors[f"base_model.model.{name}.lora_B.weight"] = layer.B.detach()[index].cpu().contiguous()
-        LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=sorted(self.layers),
-            task_type="CAUSAL_LM",
-            base_model_name_or_path=base_model,
-            inference_mode=True,
-        ).save_pretrained(str(folder))
-        save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+        write_peft(
+            folder,
+            {name: (layer.A[index], layer.B[index]) for name, layer in self.layers.items()},
+            rank=self.rank,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            base_model=base_model,
+        )
 
     def load_peft(self, index: int, folder: Path) -> None:
         """Read one adapter back; UserError when it is damaged, or does not fit this model."""
-        try:
-            require_ordinary(folder / ADAPTER_FILE)
-            tensors = load_file(folder / ADAPTER_FILE)
-        except (SafetensorError, OSError, MemoryError) as error:  # the last as of mapping a file
-            raise UserError(f"{folder / ADAPTER_FILE} cannot be read: {error}") from None
-        for name, layer in self.layers.items():
-            for half, stacked in (("A", layer.A), ("B", layer.B)):
-                key = f"base_model.model.{name}.lora_{half}.weight"
-                if key not in tensors or tensors[key].shape != stacked.shape[1:]:
-                    raise UserError(f"{folder / ADAPTER_FILE} does not fit this model at {key}")
-                stacked.data[index].copy_(tensors[key])
+        shapes = {name: (layer.A.shape[1:], layer.B.shape[1:]) for name, layer in self.layers.items()}
+        for name, (A, B) in read_peft(folder, shapes).items():
+            self.layers[name].A.data[index].copy_(A)
+            self.layers[name].B.data[index].copy_(B)
         self.products.adapters_changed()

@@ -19,7 +19,8 @@ from opmix_dist.exchange.schemas import EvaluationPlan, SearchRequest
 from opmix_dist.ledger import Ledger
 from opmix_dist.models.compute import Compute
 from opmix_dist.models.flops import FlopCounts
-from opmix_dist.models.lora import ADAPTER_FILE, JointAdapters
+from opmix_dist.models.lora import JointAdapters
+from opmix_dist.models.peft_files import ADAPTER_FILE
 from opmix_dist.pool.candidates import simulate_sums, simulate_with_gradients
 from opmix_dist.pool.early_stop import EarlyStop
 from opmix_dist.pool.errors import AgreedError, BrokenTeamError, SearchError

@@ -216,7 +216,7 @@ class Checkpointer:
         same = state.optimizer == engine.optimizer_name
         failure = None
         if self.world.is_leader:
-            failure = _lacking(folder, engine.shapes, KINDS if same else KINDS[:1])
+            failure = _lacking(folder, engine.trained, KINDS if same else KINDS[:1])
         if text := self.world.share_text(failure):
             raise UserError(text)
 

@@ -200,7 +200,9 @@ class Job:
     def _build(self) -> Trainer:
         config, world, catalogue = self.config, self.world, self.catalogue
         source = self._open_source()
-        engine = build_engine(config, source, world, catalogue.sequence_length)
+        engine = build_engine(
+            config, source, world, catalogue.sequence_length, adapter_seed=self._seed_of("adapters")
+        )
         self.writer = ModelWriter(world, engine, source)
         reporter = ProgressReporter(config.train.log_interval_steps)
         checkpointer = Checkpointer(self.run, config.checkpoint, world)
@@ -210,7 +212,7 @@ class Job:
             global_batch_size=config.train.global_batch_size,
             rank=engine.replica.rank,
             world_size=engine.replica.size,
-            seed=self._data_seed,
+            seed=self._seed_of("data"),
             num_workers=config.data.num_workers,
             prefetch_batches=config.data.prefetch_batches,
             max_epochs=config.data.epochs_by_domain(catalogue.names),
@@ -292,11 +294,11 @@ class Job:
             seed=self.config.seed,
         )
 
-    @property
-    def _data_seed(self) -> int:
-        """A run that goes on from another reads the domains that both have in another order."""
+    def _seed_of(self, what: str) -> int:
+        """A run that goes on from another reads the domains that both have in another order, and starts from
+        other adapters."""
         read = sum(self.history.values())
-        return derive_seed(self.config.seed, "data", *([read] if read else []))
+        return derive_seed(self.config.seed, what, *([read] if read else []))
 
     def _watched(self) -> HeldOut | None:
         """Domains that are evaluated and not trained on."""
@@ -432,6 +434,8 @@ class Job:
             marker={"step": self.config.train.steps},
             extra=self.catalogue.load_tokenizer().save_pretrained,
         )
+        if not failure and self.config.model.lora is not None:
+            failure = self.writer.write_adapter(self.run.adapter)
         if failure:
             raise UserError(f"the model could not be exported to {folder}: {failure}; resume to try again")
 

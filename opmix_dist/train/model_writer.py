@@ -22,8 +22,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from opmix_dist.distributed import World
 from opmix_dist.engines.base import Engine, owners
+from opmix_dist.engines.single import SingleEngine
 from opmix_dist.exchange import files
 from opmix_dist.faults.points import point
+from opmix_dist.models.peft_files import write_peft
 from opmix_dist.models.source import ModelSource
 
 log = logging.getLogger(__name__)
@@ -99,6 +101,31 @@ class ModelWriter:
     def write(self, folder: Path, **arguments: Any) -> str:
         """:meth:`begin` and wait; why it failed, or ""."""
         return self.begin(folder, **arguments) or self._settle()
+
+    def write_adapter(self, folder: Path) -> str:
+        """What ``model.lora`` has trained, in PEFT's format, beside the model that it was trained on; why it
+        could not be written, or ""."""
+        engine = self.engine
+        assert isinstance(engine, SingleEngine)
+        assert engine.adapters is not None
+        config = engine.adapters.config
+        whole = {name: tensor.cpu() for name, tensor in engine._whole("parameter")}
+        failure = ""
+        if self.world.is_leader:
+            try:
+                files.remove_folder(folder)
+                write_peft(
+                    folder,
+                    {n: (whole[f"{n}.lora_A"], whole[f"{n}.lora_B"]) for n in engine.adapters.layers},
+                    rank=config.rank,
+                    alpha=config.alpha,
+                    dropout=config.dropout,
+                    base_model="" if self.source.weights is None else self.source.weights.path,
+                )
+                files.mark_complete(folder, {})
+            except OSError as error:
+                failure = str(error)
+        return self.world.share_text(failure if self.world.is_leader else None)
 
     def _settle(self) -> str:
         """Wait until nothing is being written; why that failed, or ""."""

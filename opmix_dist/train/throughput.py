@@ -81,7 +81,7 @@ class Throughput:
         """
         ranks = len(readings)
         each = tokens / seconds / ranks
-        flops = self.engine.flops.train()
+        flops = self.engine.train_flops
         hardware = flops + self.engine.recomputed_flops(tokens_per_pass)
         return {
             "tokens_per_second": tokens / seconds,

@@ -255,7 +255,7 @@ class Trainer:
         tokens = self._count_tokens(sums)
         self.state.step += 1
         seconds = self._throughput.lap()
-        self.ledger.add("train", seconds=seconds, flops=tokens * self.engine.flops.train(), tokens=tokens)
+        self.ledger.add("train", seconds=seconds, flops=tokens * self.engine.train_flops, tokens=tokens)
         return TrainLine(
             step=self.state.step,
             loss=float(losses.sum() / targets.sum()),

@@ -17,7 +17,7 @@ from opmix_dist.data.catalogue import Catalogue
 from opmix_dist.distributed import World
 from opmix_dist.exchange.rundir import SearchDir
 from opmix_dist.exchange.schemas import SearchRequest
-from opmix_dist.models.lora import ADAPTER_FILE
+from opmix_dist.models.peft_files import ADAPTER_FILE
 from opmix_dist.models.source import ModelSource
 from opmix_dist.pool.plan import chosen_kernels
 from opmix_dist.pool.probe_groups import ProbeGroups

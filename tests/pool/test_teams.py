@@ -14,7 +14,7 @@ from opmix_dist.config import check_config, load_search_config
 from opmix_dist.errors import UserError
 from opmix_dist.exchange.rundir import RunDir, SearchDir, read_record
 from opmix_dist.exchange.schemas import EvaluationPlan, SearchStage
-from opmix_dist.models.lora import ADAPTER_FILE
+from opmix_dist.models.peft_files import ADAPTER_FILE
 from opmix_dist.pool.team import ALONE, Crew, Team, require_whole_teams
 from tests.helpers import torchrun
 from tests.pool.ranks import CASES
