@@ -214,14 +214,14 @@ class Checkpointer:
         files.require_complete(folder, "checkpoint")
         state = read_record(folder / STATE_FILE, TrainerState)
         same = state.optimizer == engine.optimizer_name
-        failure = None
+        failure, reader = None, SafeReader(folder)
         if self.world.is_leader:
-            failure = _lacking(folder, engine.trained, KINDS if same else KINDS[:1])
+            failure = _lacking(reader, engine.trained, KINDS if same else KINDS[:1])
         if text := self.world.share_text(failure):
             raise UserError(text)
 
         def read(part: dict[str, Any]) -> None:
-            dcp.load(part, storage_reader=SafeReader(folder), planner=SafePlanner(), process_group=self.group)
+            dcp.load(part, storage_reader=reader, planner=SafePlanner(), process_group=self.group)
 
         try:
             engine.load_state(read, optimizer=same)
@@ -268,10 +268,11 @@ def _told(state: TrainerState, engine: Engine) -> str:
     )
 
 
-def _lacking(folder: Path, shapes: Mapping[str, torch.Size], kinds: Sequence[Kind]) -> str:
+def _lacking(reader: SafeReader, shapes: Mapping[str, torch.Size], kinds: Sequence[Kind]) -> str:
     """What a checkpoint lacks of ``kinds`` of all parameters, for the user, or ""."""
+    folder = reader.path
     try:
-        found = SafeReader(folder).read_metadata().state_dict_metadata
+        found = reader.read_metadata().state_dict_metadata
     except (UserError, OSError, EOFError, pickle.UnpicklingError) as error:
         return f"cannot load the checkpoint {folder} ({error}): delete it to resume from the one before"
     for kind in kinds:
