@@ -1,7 +1,8 @@
 """How DCP's files are written and read here: hashed as they are written, and read without a trusted pickle.
 
-DCP's ``.metadata`` and its non-tensor entries are pickles: they are read through an unpickler that admits
-DCP's own metadata types only, and through ``weights_only`` loading.
+DCP's ``.metadata`` is a pickle, read as checkpoint_metadata.py has it. A tensor's file has a pickle too,
+which torch reads with ``weights_only``; what it stands for is bounded here. Entries that are no tensors are
+not read.
 """
 
 from __future__ import annotations
@@ -9,14 +10,19 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from collections.abc import Generator
+import zipfile
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
-import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import (
+    FileSystem,
+    FileSystemReader,
+    FileSystemWriter,
+    _StorageReaderTransforms,
+)
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
@@ -27,9 +33,13 @@ from opmix_dist.distributed import World
 from opmix_dist.errors import UserError
 from opmix_dist.exchange.manifest import FileDigest, HashingStream, Manifest, hash_file
 from opmix_dist.faults.points import point
+from opmix_dist.train.checkpoint_metadata import load_metadata
+from opmix_dist.train.pickle_bounds import check_bounds
 
 MAX_METADATA_BYTES = 1 << 30
 """Of DCP's index, some 250 bytes for each part of a tensor: thousands of tensors on hundreds of ranks."""
+MAX_TENSOR_PICKLE_BYTES = 1 << 16
+"""Of a tensor's kind, shape and strides, some 150 bytes."""
 
 
 class HashingWriter(FileSystemWriter):
@@ -99,50 +109,32 @@ class _HashingFileSystem(FileSystem):
         self.digests[Path(new_path).name] = self.digests.pop(Path(path).name)
 
 
-_DCP_METADATA = "torch.distributed.checkpoint.metadata"
-_ADMITTED = {
-    (_DCP_METADATA, "Metadata"),
-    (_DCP_METADATA, "MetadataIndex"),
-    (_DCP_METADATA, "TensorStorageMetadata"),
-    (_DCP_METADATA, "TensorProperties"),
-    (_DCP_METADATA, "ChunkStorageMetadata"),
-    (_DCP_METADATA, "BytesStorageMetadata"),
-    (_DCP_METADATA, "StorageMeta"),
-    (_DCP_METADATA, "_MEM_FORMAT_ENCODING"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
-    ("collections", "OrderedDict"),
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if (module, name) not in _ADMITTED and not is_dtype:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
-        return super().find_class(module, name)
-
-
 class SafeReader(FileSystemReader):
-    """DCP's reader, of ordinary files and with metadata restricted to DCP's own types."""
+    """DCP's reader, of ordinary files and with metadata restricted to DCP's own types. It reads the metadata
+    once, for all loads of one checkpoint."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.fs = _OrdinaryFiles()
+        self.transforms = _PlainTensors()
+        self._metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Raises UserError, OSError, and pickle.UnpicklingError as of :func:`load_metadata`."""
+        if self._metadata is None:
+            self._metadata = self._read()
+        self._metadata.storage_meta = self._metadata.storage_meta or StorageMeta()
+        self._metadata.storage_meta.load_id = self.load_id
+        return self._metadata
+
+    def _read(self) -> Metadata:
         file = Path(self.path) / ".metadata"
-        metadata = _MetadataUnpickler(io.BytesIO(read_bounded(file, MAX_METADATA_BYTES))).load()
+        metadata = load_metadata(read_bounded(file, MAX_METADATA_BYTES))
         if not isinstance(metadata, Metadata):
             raise UserError(f"{file} does not hold checkpoint metadata")
         for info in metadata.storage_data.values():
             if Path(info.relative_path).name != info.relative_path:
                 raise UserError(f"{file} names a file outside of its folder: {info.relative_path}")
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
         return metadata
 
 
@@ -154,12 +146,68 @@ class _OrdinaryFiles(FileSystem):
             yield file
 
 
+class _PlainTensors(_StorageReaderTransforms):
+    """Looks at each tensor's file before torch does: a zip archive whose pickle says of what kind it is."""
+
+    def transform_load_stream(
+        self, read_item: ReadItem, transform_descriptors: Sequence[str], raw_stream: IO[bytes]
+    ) -> IO[bytes]:
+        """Raises UserError."""
+        name = read_item.storage_index.fqn
+        if transform_descriptors:
+            raise UserError(f"{name} is packed ({', '.join(transform_descriptors)}): not as it was written")
+        try:
+            _check_tensor_file(raw_stream)
+        except (zipfile.BadZipFile, pickle.UnpicklingError, NotImplementedError, RuntimeError) as error:
+            raise UserError(f"{name} is no tensor's file: {error}") from None
+        raw_stream.seek(0)
+        return raw_stream
+
+
+def _check_tensor_file(stream: IO[bytes]) -> None:
+    """Raises pickle.UnpicklingError, and as of zipfile."""
+    with zipfile.ZipFile(_Seekable(stream)) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+                raise zipfile.BadZipFile(f"{entry.filename[:100]!r} is compressed")
+            if entry.filename.endswith(".pkl"):
+                if entry.file_size > MAX_TENSOR_PICKLE_BYTES:
+                    raise zipfile.BadZipFile(f"its pickle has {entry.file_size} bytes")
+                check_bounds(archive.read(entry))
+
+
+class _Seekable(io.RawIOBase):
+    """DCP's view of a part of a file, which counts the wrong way from its end, as zipfile needs it."""
+
+    def __init__(self, view: IO[bytes]) -> None:
+        view.seek(0, os.SEEK_END)
+        self._view, self._length, self._at = view, view.tell(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        self._at = max(0, start + offset)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), max(0, self._length - self._at))
+        self._view.seek(self._at)
+        found = self._view.read(wanted)
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)
+
+
 class SafePlanner(DefaultLoadPlanner):
-    """DCP's planner, with non-tensor entries loaded as plain data only."""
+    """DCP's planner, of tensors only: what else a checkpoint may hold is a pickle."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        plain = torch.load(value, weights_only=True)  # raises on anything but plain data
-        checked = io.BytesIO()
-        torch.save(plain, checked)
-        checked.seek(0)
-        super().load_bytes(read_item, checked)
+        raise UserError(f"{read_item.storage_index.fqn} is no tensor, as all entries of a checkpoint are")

@@ -38,6 +38,7 @@ from opmix_dist.pool import method_times
 from opmix_dist.pool.evaluation_files import EvaluationFiles, Measured
 from opmix_dist.report.html import write_report
 from opmix_dist.report.reading import read_run
+from opmix_dist.tasks.records import read_tasks
 from opmix_dist.train.checkpoint_storage import SafePlanner, SafeReader
 from opmix_dist.train.state import TrainerState
 from opmix_kernels.runtime import read_tuning
@@ -144,7 +145,7 @@ def _make_model(folder: Path) -> None:
 
 
 def _make_checkpoint(folder: Path) -> None:
-    state = {"parameter": {"w": torch.arange(6.0)}, "step": torch.tensor([3]), "plain": {"a": 1}}
+    state = {"parameter": {"w": torch.arange(6.0)}, "step": torch.tensor([3])}
     dcp.save(state, checkpoint_id=folder, no_dist=True)
     trainer = TrainerState(
         step=3, weights=UNIFORM, domain_tokens=dict.fromkeys(DOMAINS, 7), world_size=1, global_batch_size=4,
@@ -195,7 +196,14 @@ def _make_tables(folder: Path) -> None:
     (folder / "mixture.json").write_text(json.dumps({"weights": {"web": 0.4, "code": 0.6}}))
     (folder / "mixture.yaml").write_text("web: 0.4\ncode: 0.6\n")
     (folder / "tuned.json").write_text(json.dumps({"choices": {}}))
+    task = {"kind": "tool_call", "messages": messages("2+2?"), "answer": {"name": "f", "arguments": {"n": 1}}}
+    choice = {"kind": "multiple_choice", "messages": messages("?"), "choices": ["A", "B"], "answer": "A"}
+    (folder / "tasks.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (task, choice)))
     (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"overlap_comm": True}}))
+
+
+def messages(content: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": content}]
 
 
 def _run(root: Path) -> RunDir:
@@ -220,7 +228,7 @@ def _report(root: Path) -> object:
 
 
 def _read_checkpoint(root: Path) -> object:
-    state = {"parameter": {"w": torch.zeros(6)}, "step": torch.zeros(1, dtype=torch.int64), "plain": {"a": 0}}
+    state = {"parameter": {"w": torch.zeros(6)}, "step": torch.zeros(1, dtype=torch.int64)}
     dcp.load(state, storage_reader=SafeReader(root / "checkpoint"), planner=SafePlanner(), no_dist=True)
     return state
 
@@ -359,5 +367,6 @@ READERS = (
         lambda root: read_tuning(root / "tables/tuned.json"),
         (ValueError,),
     ),
+    _of("tasks", "tables/tasks.jsonl", read_tasks),
     _of("DeepSpeed's settings", "tables/ds.json", _deepspeed),
 )
