@@ -39,6 +39,7 @@ from opmix_dist.pool.evaluation_files import EvaluationFiles, Measured
 from opmix_dist.report.html import write_report
 from opmix_dist.report.reading import read_run
 from opmix_dist.tasks.records import read_tasks
+from opmix_dist.tasks.records import read_tasks
 from opmix_dist.train.checkpoint_storage import SafePlanner, SafeReader
 from opmix_dist.train.state import TrainerState
 from opmix_kernels.runtime import read_tuning
@@ -199,7 +200,14 @@ def _make_tables(folder: Path) -> None:
     task = {"kind": "tool_call", "messages": messages("2+2?"), "answer": {"name": "f", "arguments": {"n": 1}}}
     choice = {"kind": "multiple_choice", "messages": messages("?"), "choices": ["A", "B"], "answer": "A"}
     (folder / "tasks.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (task, choice)))
+    task = {"kind": "tool_call", "messages": messages("2+2?"), "answer": {"name": "f", "arguments": {"n": 1}}}
+    choice = {"kind": "multiple_choice", "messages": messages("?"), "choices": ["A", "B"], "answer": "A"}
+    (folder / "tasks.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (task, choice)))
     (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"overlap_comm": True}}))
+
+
+def messages(content: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": content}]
 
 
 def messages(content: str) -> list[dict[str, str]]:
@@ -367,6 +375,7 @@ READERS = (
         lambda root: read_tuning(root / "tables/tuned.json"),
         (ValueError,),
     ),
+    _of("tasks", "tables/tasks.jsonl", read_tasks),
     _of("tasks", "tables/tasks.jsonl", read_tasks),
     _of("DeepSpeed's settings", "tables/ds.json", _deepspeed),
 )

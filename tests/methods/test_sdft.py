@@ -22,6 +22,7 @@ from opmix_dist.methods.on_policy import OnPolicy
 from opmix_dist.methods.replied import RepliedBatch
 from opmix_dist.train.job import run_job
 from tests.methods.on_policy_jobs import BATCH, LENGTH, built, job_config, make_data
+from tests.train.jobs import complete
 
 FROZEN = {"max_new_tokens": 8, "teacher": "frozen", "demonstration": " ({demonstration})"}
 AVERAGED = {**FROZEN, "teacher": "ema", "ema_rate": 0.3}
@@ -223,3 +224,18 @@ def test_what_cannot_be_is_refused(
         change["distill"]["teacher"] = str(tmp_path / "teacher")
     with pytest.raises(UserError, match=said), built(config):
         pass
+
+
+@pytest.mark.launch
+def test_two_ranks_train_alike(data: Path, tmp_path: Path) -> None:
+    """So cold that the likeliest token is drawn, whatever rank draws it."""
+    method = sdft(AVERAGED, temperature=1e-4)
+    alone = run(job_config(data, tmp_path / "alone", method, steps=3, micro_batch_size=2))
+    both = complete(job_config(data, tmp_path / "both", method, steps=3, micro_batch_size=2), ranks=2)
+    for one, other in zip(alone.train_lines(), both.train_lines(), strict=True):
+        assert other.domain_loss == pytest.approx(one.domain_loss, rel=1e-3)
+        assert other.method == pytest.approx(one.method)
+    costs, other_costs = (found.summary().costs for found in (alone, both))
+    for phase in ("generation", "teacher", "train"):
+        assert other_costs[phase].flops > 0
+    assert other_costs["teacher"].tokens >= costs["teacher"].tokens > 0
