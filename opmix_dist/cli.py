@@ -18,6 +18,7 @@ from opmix_dist.data_commands import add_data_commands
 from opmix_dist.errors import UserError
 from opmix_dist.fit_command import add_fit_command
 from opmix_dist.launch_command import add_launch_commands
+from opmix_dist.lifecycle_command import add_lifecycle_command
 from opmix_dist.mixture_command import add_mixture_command
 from opmix_dist.plan_command import add_plan_command
 from opmix_dist.process import end_process
@@ -28,9 +29,9 @@ from opmix_dist.validate_command import add_validate_command
 from opmix_dist.what_if_command import add_what_if
 
 TOKEN_DTYPES = ("uint16", "uint32", "int32", "int64")
-WITH_SETTINGS = ("train", "search", "fit", "launch", "resume", "plan", "validate")
+WITH_SETTINGS = ("train", "lifecycle", "search", "fit", "launch", "resume", "plan", "validate")
 """Commands that take any setting of their configuration as ``--dotted.key value``."""
-WITH_PROCESSES = ("prepare", "train", "pool", "search", "launch", "resume", "validate")
+WITH_PROCESSES = ("prepare", "train", "lifecycle", "pool", "search", "launch", "resume", "validate")
 """Commands whose broken pipe may be that of a worker, which must not pass for a closed output."""
 
 
@@ -85,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", type=Path, help="YAML configuration")
     train.add_argument("--print-config", action="store_true", help="print the documented settings and stop")
     train.set_defaults(run=_train)
+
+    add_lifecycle_command(commands)
 
     pool = commands.add_parser("pool", help="a pool as a launch of its own, for a run with pool.external")
     pool.add_argument("--run", dest="run_dir", required=True, type=Path, help="the trainers' run directory")

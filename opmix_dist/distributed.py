@@ -22,6 +22,9 @@ from opmix_dist.errors import UserError
 from opmix_dist.hang import HangGuard
 from opmix_dist.watchdog import Watchdog
 
+STAGE_VARIABLE = "OPMIX_STAGE"
+"""Name of the stage that a process trains, of a lifecycle whose launch has others before and after it."""
+
 
 class Role(StrEnum):
     TRAINER = "trainer"
@@ -236,8 +239,15 @@ def launch_store() -> dist.Store:
     return store
 
 
+def launch_attempt() -> str:
+    """What tells our keys in the launch's store from others': it outlives torchrun's restarts of the ranks,
+    and the stages of a lifecycle."""
+    attempt, stage = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get(STAGE_VARIABLE)
+    return f"{attempt}/{stage}" if stage else attempt
+
+
 def _prefix(role: Role, generation: int) -> str:
-    return f"{role}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{generation}"
+    return f"{role}/{launch_attempt()}/{generation}"
 
 
 def _device(name: str) -> torch.device:

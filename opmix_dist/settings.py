@@ -44,7 +44,7 @@ def read_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> dic
     """
     data = read_yaml(Path(path)) if path is not None else {}
     for key, value in parse_overrides(overrides):
-        _set_dotted(data, key, value)
+        set_dotted(data, key, value)
     return data
 
 
@@ -114,7 +114,22 @@ def _yaml_value(text: str) -> Any:
     return value
 
 
-def _set_dotted(data: dict[str, Any], dotted: str, value: Any) -> None:
+def merged_settings(kind: type[Section], base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested plain values of ``kind``: those of ``over``, and of ``base`` where it has none.
+
+    Settings that are mappings themselves, such as weights by domain, are one value."""
+    merged = dict(base)
+    for name, value in over.items():
+        field, below = kind.model_fields.get(name), merged.get(name)
+        child = _section(field.annotation) if field is not None else None
+        if child is not None and isinstance(value, Mapping) and isinstance(below, Mapping):
+            value = merged_settings(child, below, value)
+        merged[name] = value
+    return merged
+
+
+def set_dotted(data: dict[str, Any], dotted: str, value: Any) -> None:
+    """``a.b`` of nested plain values; what is no mapping on the way becomes one."""
     *parents, leaf = dotted.split(".")
     for name in parents:
         child = data.get(name)

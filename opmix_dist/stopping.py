@@ -7,7 +7,6 @@ All trainer ranks ask each other at step boundaries (:meth:`StopSignals.agreed`)
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +14,10 @@ from types import FrameType
 
 from torch.distributed import Store
 
-from opmix_dist.distributed import World, launch_store
+from opmix_dist.distributed import World, launch_attempt, launch_store
 
 _KEY = "opmix/stopped"
+_HELD = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequested(Exception):
@@ -35,6 +35,7 @@ class StopSignals:
         """Note SIGTERM and SIGUSR1 from now on; in the main thread."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
+        take_held_signals()
 
     @contextmanager
     def listening_to_keyboard(self) -> Iterator[None]:
@@ -62,6 +63,21 @@ class StopSignals:
             raise StopRequested
 
 
+@contextmanager
+def holding_signals() -> Iterator[None]:
+    """Signals that arrive inside wait, also in processes that are started here: until they listen."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def take_held_signals() -> None:
+    """This process listens now: what its parent has held back, or holds back for it, may arrive."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
+
+
 def tell_launch() -> None:
     """On the trainers' leader: the pool ranks of this launch may end, as the trainers do."""
     launch_store().set(_key(), "1")
@@ -73,8 +89,7 @@ def launch_is_told(store: Store) -> bool:
 
 
 def _key() -> str:
-    """torchrun's store outlives its restarts."""
-    return f"{_KEY}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return f"{_KEY}/{launch_attempt()}"
 
 
 def name_of(number: int) -> str:

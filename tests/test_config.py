@@ -20,8 +20,8 @@ from opmix_dist.errors import UserError
 from opmix_dist.settings import changed_settings, fields, to_yaml
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-# tests/fit loads the one, the search alone is below
-CONFIGS = [path for path in CONFIGS if path.name not in ("fit.yaml", "search.yaml")]
+# tests/fit and tests/lifecycle load theirs, the search alone is below
+CONFIGS = [path for path in CONFIGS if path.name not in ("fit.yaml", "search.yaml", "lifecycle-tiny.yaml")]
 DEMO = Path(__file__).parent.parent / "configs" / "demo.yaml"
 
 

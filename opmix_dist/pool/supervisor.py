@@ -20,7 +20,7 @@ from types import FrameType
 from torch.distributed import Store
 
 from opmix_dist.config import RunConfig
-from opmix_dist.distributed import Placement, Role, has_launcher, launch_store
+from opmix_dist.distributed import Placement, Role, has_launcher, launch_attempt, launch_store
 from opmix_dist.errors import UserError
 from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.exchange.schemas import SearchStage
@@ -31,7 +31,7 @@ from opmix_dist.pool.team import require_whole_teams
 from opmix_dist.pool.worker import oldest_open_search
 from opmix_dist.process import die_with_parent
 from opmix_dist.settings import to_yaml
-from opmix_dist.stopping import launch_is_told
+from opmix_dist.stopping import launch_is_told, take_held_signals
 
 log = logging.getLogger(__name__)
 END_GRACE_S = 5.0
@@ -55,6 +55,7 @@ class Supervisor:
         """Start workers until the run is over, or its trainers were stopped on request."""
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._stop)
+        take_held_signals()
         while True:
             generation = self.generations.current()
             code = self._work(generation)
@@ -163,8 +164,7 @@ class Generations:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._key = f"{GENERATION_KEY}/{attempt}"
+        self._key = f"{GENERATION_KEY}/{launch_attempt()}"
 
     def key(self, name: str) -> str:
         """For something else in the store that torchrun's restarts must not meet again."""
