@@ -27,6 +27,7 @@ from opmix_dist.engines.base import Engine
 from opmix_dist.engines.build import build_engine
 from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
+from opmix_dist.exchange.heldout import FILE as HELD_OUT
 from opmix_dist.exchange.history import history_of, open_domains, start_run, starting_model
 from opmix_dist.exchange.opening import open_run
 from opmix_dist.exchange.rundir import RunDir, write_record
@@ -462,5 +463,6 @@ class Job:
                 "numpy": numpy.__version__,
             },
         )
+        write_record(self.run.eval_file.with_name(HELD_OUT), trainer.held_out_losses())
         points.point("job.summary")
         write_record(self.run.summary_file, summary)

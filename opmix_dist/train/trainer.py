@@ -18,6 +18,7 @@ from opmix_dist.distributed import World
 from opmix_dist.engines.base import BadStepError, Engine, StepResult
 from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
+from opmix_dist.exchange.heldout import HeldOutLosses, SampleLosses, sample_losses
 from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, TrainLine
 from opmix_dist.faults.points import point
@@ -71,6 +72,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._last_evaluation: EvalLine | None = None
+        self._samples: list[tuple[HeldOut, Tensor]] = []
+        """What was evaluated last, with the losses of the samples [N]."""
         self._throughput = Throughput(
             self.engine,
             self.ledger,
@@ -295,8 +298,9 @@ class Trainer:
         sets = [HeldOut(self.catalogue.names, self.heldout), *([self.watched] if self.watched else [])]
         loss: dict[str, float] = {}
         stderr: dict[str, float] = {}
-        for one in sets:
-            found = self.losses_by_domain(one.samples, len(one.names))
+        self._samples = [(one, self._sample_sums(one.samples)) for one in sets]
+        for one, sums in self._samples:
+            found = _by_domain(one.samples, sums, len(one.names))
             loss |= dict(zip(one.names, found.loss.tolist(), strict=True))
             stderr |= dict(zip(one.names, found.stderr.tolist(), strict=True))
         line = EvalLine(step=self.state.step, tokens=self.state.tokens, loss=loss, stderr=stderr)
@@ -304,22 +308,27 @@ class Trainer:
         self._announce("on_evaluation", line)
         return line
 
-    def losses_by_domain(self, heldout: EvalSet, domains: int | None = None) -> DomainLosses:
-        """Collective. Losses [D], in the order of the domains' numbers.
+    def held_out_losses(self) -> HeldOutLosses:
+        """Every sample's loss in the last evaluation."""
+        domains: dict[str, SampleLosses] = {}
+        for one, sums in self._samples:
+            ids, batch = one.samples.domain_ids.numpy(), one.samples.batch
+            domains |= sample_losses(
+                one.names, ids, batch.tokens.numpy(), batch.loss_mask.numpy(), sums.numpy()
+            )
+        return HeldOutLosses(step=self.state.step, domains=domains)
 
-        Args:
-            domains: D; None: as many as the catalogue has.
-        """
+    def losses_by_domain(self, heldout: EvalSet) -> DomainLosses:
+        """Collective. Losses [D], in the catalogue's order."""
+        return _by_domain(heldout, self._sample_sums(heldout), len(self.catalogue.names))
+
+    def _sample_sums(self, heldout: EvalSet) -> Tensor:
+        """Collective. Each sample's loss summed over its targets, [N] float64."""
         batch, tokens = heldout.batch, heldout.batch.tokens.numel()
         with self.ledger.timed("held-out evaluation"):
-            sums = self.engine.evaluate(batch, self.config.train.micro_batch_size)  # [N]
+            sums = self.engine.evaluate(batch, self.config.train.micro_batch_size)
         self.ledger.add("held-out evaluation", flops=tokens * self.engine.flops.forward, tokens=tokens)
-        return losses_by_domain(
-            sums.numpy(),
-            batch.targets.numpy(),
-            heldout.domain_ids.numpy(),
-            len(self.catalogue.names) if domains is None else domains,
-        )
+        return sums
 
     def save_checkpoint(self, checkpointer: Checkpointer) -> None:
         """Collective. What the steps have logged is on disk before it counts."""
@@ -347,3 +356,8 @@ class Trainer:
             self.policy.close()
             self.method.close()
             self.loader.close()
+
+
+def _by_domain(heldout: EvalSet, sums: Tensor, domains: int) -> DomainLosses:
+    """Losses [D] from those of the samples, [N]."""
+    return losses_by_domain(sums.numpy(), heldout.batch.targets.numpy(), heldout.domain_ids.numpy(), domains)
