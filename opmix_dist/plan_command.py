@@ -30,6 +30,11 @@ def add_plan_command(commands: Any) -> None:
         "--pool-ranks", type=int, help="ranks that search (default: pool.ranks); 0: the trainer ranks"
     )
     plan.add_argument(
+        "--pool-nodes", type=int, help="machines of a pool that is a launch of its own (pool.external)"
+    )
+    plan.add_argument("--pool-gpu", help="their kind of GPU (default: as --gpu)")
+    plan.add_argument("--pool-gpus-per-node", type=int, help=f"(default: {GPUS_PER_NODE})")
+    plan.add_argument(
         "--due-within",
         type=float,
         default=0.1,
@@ -45,18 +50,22 @@ def add_plan_command(commands: Any) -> None:
 
 def _plan(arguments: argparse.Namespace, rest: list[str]) -> None:
     from opmix_dist.config import load_config
+    from opmix_dist.plan.gpus import find_gpu
+
+    # what can be wrong comes before what takes seconds to import
+    _require_sensible(arguments)
+    gpu = find_gpu(arguments.gpu)
+    pool_gpu = find_gpu(arguments.pool_gpu, "--pool-gpu") if arguments.pool_gpu else gpu
+    if arguments.pool_nodes:
+        rest = [*rest, "--pool.external", "true", "--pool.ranks", "0"]
+    config = load_config(arguments.config, rest)
+    pool = _pool_ranks(arguments, config, pool_gpu)
+
     from opmix_dist.plan.advice import advice
     from opmix_dist.plan.build import make_plan
-    from opmix_dist.plan.gpus import find_gpu
     from opmix_dist.plan.question import Question, data_sizes, sizes_of_model
 
-    _require_sensible(arguments)
-    config = load_config(arguments.config, rest)
-    gpu = find_gpu(arguments.gpu)
     data = data_sizes(config, arguments.domains, arguments.sequence_length, arguments.vocab_size)
-    pool = config.pool.ranks if arguments.pool_ranks is None else arguments.pool_ranks
-    if config.pool.external and not pool:
-        raise UserError("pool.external is a launch of its own: give its size with --pool-ranks")
     question = Question(
         config=config,
         data=data,
@@ -65,6 +74,7 @@ def _plan(arguments: argparse.Namespace, rest: list[str]) -> None:
         nodes=arguments.nodes,
         gpus_per_node=arguments.gpus_per_node or gpu.per_node,
         pool_ranks=pool,
+        pool_gpu=pool_gpu,
         mfu=arguments.mfu,
         search_mfu=arguments.search_mfu or arguments.mfu,
         due_within=arguments.due_within,
@@ -80,7 +90,8 @@ def _plan(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _require_sensible(arguments: argparse.Namespace) -> None:
-    for name in ("nodes", "gpus_per_node", "domains", "sequence_length", "vocab_size"):
+    counts = ("nodes", "gpus_per_node", "pool_nodes", "pool_gpus_per_node")
+    for name in (*counts, "domains", "sequence_length", "vocab_size"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: give at least 1")
@@ -94,20 +105,45 @@ def _require_sensible(arguments: argparse.Namespace) -> None:
         raise UserError(f"--due-within {arguments.due_within:g}: give a share above 0, such as 0.1")
     if arguments.pool_ranks is not None and arguments.pool_ranks < 0:
         raise UserError(f"--pool-ranks {arguments.pool_ranks}: give 0 or more")
+    if arguments.pool_ranks is not None and arguments.pool_nodes is not None:
+        raise UserError("--pool-ranks and --pool-nodes both say how large the pool is: give one of them")
+    if arguments.pool_gpus_per_node is not None and arguments.pool_nodes is None:
+        raise UserError("--pool-gpus-per-node is of --pool-nodes: give that too")
+
+
+def _pool_ranks(arguments: argparse.Namespace, config: Any, gpu: Any) -> int:
+    """
+    Args:
+        gpu: the pool's.
+    """
+    if arguments.pool_nodes:
+        return int(arguments.pool_nodes * (arguments.pool_gpus_per_node or gpu.per_node))
+    pool = config.pool.ranks if arguments.pool_ranks is None else int(arguments.pool_ranks)
+    if config.pool.external and not pool:
+        raise UserError(
+            "pool.external is a launch of its own: give its size with --pool-nodes or --pool-ranks"
+        )
+    if arguments.pool_gpu and not config.pool.external:
+        raise UserError(
+            "--pool-gpu is of a pool that is a launch of its own: give --pool-nodes, or set pool.external"
+        )
+    return int(pool)
 
 
 def _print(question: Any, plan: Any, warnings: list[str]) -> None:
-    from opmix_dist.plan.sizes import duration, hours
-    from opmix_dist.plan.tables import tables
+    from opmix_dist.plan.sizes import duration
+    from opmix_dist.plan.tables import enough_ranks, run_hours, tables
     from opmix_dist.terminal import open_console, say
 
     console = open_console()
     for table in tables(question, plan):
         console.print(table)
+    if plan.search is not None:
+        say(console, enough_ranks(question, plan.search))
     say(
         console,
         f"a step takes {duration(plan.step_seconds)}, the run {duration(plan.seconds)} and "
-        f"{hours(plan.gpu_hours)} GPU-hours",
+        f"{run_hours(question, plan)} GPU-hours",
         style="bold",
     )
     for warning in warnings:

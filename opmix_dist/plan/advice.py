@@ -78,26 +78,26 @@ def _accumulation(question: Question, plan: Plan) -> Iterator[str]:
 
 
 def _search(question: Question, search: SearchPlan) -> Iterator[str]:
-    room, config = question.gpu.usable_bytes, question.config
+    gpu, config = question.search_gpu, question.config
+    room, of = gpu.usable_bytes, f"of {gigabytes(gpu.usable_bytes)} of a {gpu.name}"
     beside = f", {gigabytes(search.resident)} of it the trainers'" if search.resident else ""
     needed = search.resident + search.probes.total
     if needed > room:
         yield (
             f"training {search.probes.jointly} probe(s) jointly does not fit: {gigabytes(needed)}{beside}, "
-            f"of {gigabytes(room)}; {_smaller_probes(question, room - search.resident)}"
+            f"{of}; {_smaller_probes(question, room - search.resident)}"
         )
     needed = search.resident + search.candidates.total
     if needed > room:
         yield (
-            f"evaluating candidates does not fit: {gigabytes(needed)}{beside}, of {gigabytes(room)}, with a "
+            f"evaluating candidates does not fit: {gigabytes(needed)}{beside}, {of}, with a "
             f"sample in a pass; pool.ranks_per_model {2 * config.pool.ranks_per_model} shards the model"
         )
     chosen = search.chosen
     if chosen.in_time:
         return
-    enough = [choice for choice in search.choices if choice.in_time and choice.place == "pool"]
     what = "training waits for it" if config.search.mode == "sync" else "the mixture changes that much later"
-    end = f"a pool of {enough[0].ranks} would do" if enough else "no pool here is large enough"
+    end = f"a pool of {search.enough.ranks} would do" if search.enough else "no pool here is large enough"
     yield (
         f"the search takes {share(chosen.interval_share)} of the training left after its request, and "
         f"{what}: {end} for {share(question.due_within)} (--due-within), or fewer search.probes.steps"

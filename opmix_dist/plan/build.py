@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from opmix_dist.config import EngineConfig
 from opmix_dist.engines.build import engine_class
 from opmix_dist.errors import UserError
-from opmix_dist.models.devices import peak_flops, product_precision
 from opmix_dist.models.flops import FlopCounts, ParameterCounts, count_flops, parameter_counts
 from opmix_dist.models.lora import require_adaptable
 from opmix_dist.plan.held import deepspeed_memory, megatron_memory
 from opmix_dist.plan.memory import RankMemory, StepSizes, rank_memory
+from opmix_dist.plan.phases import Phase, evaluation_phase, search_phases, training_phase
 from opmix_dist.plan.question import Question
-from opmix_dist.plan.schedule import (
-    Phase,
-    PoolChoice,
-    SearchWork,
-    pool_choices,
-    search_time,
-    search_work,
-)
+from opmix_dist.plan.rates import Rates, rates
+from opmix_dist.plan.schedule import PoolChoice, SearchWork, pool_choices, search_work
 from opmix_dist.plan.searching import (
     CandidateMemory,
     ProbeMemory,
@@ -37,7 +30,7 @@ from opmix_dist.train.ranks import check_ranks
 @dataclass(frozen=True)
 class SearchPlan:
     """resident: bytes that the trainers' own parameters and optimizer take beside the search, where it is on
-    their ranks; 0 of a pool."""
+    their ranks; 0 of a pool. enough: the smallest pool that is done in time; None: no pool here is."""
 
     components: int
     groups: Sequence[int]
@@ -47,6 +40,7 @@ class SearchPlan:
     resident: int
     choices: Sequence[PoolChoice]
     chosen: PoolChoice
+    enough: PoolChoice | None
 
     @property
     def peak(self) -> int:
@@ -55,12 +49,12 @@ class SearchPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """peak_flops: of one device, FLOP/s; step_seconds: of training at the stated MFU."""
+    """step_seconds: of training at the stated MFU."""
 
     parameters: ParameterCounts
     flops: FlopCounts
     recomputed: float
-    peak_flops: float
+    rates: Rates
     memory: RankMemory
     phases: Sequence[Phase]
     step_seconds: float
@@ -73,7 +67,8 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        return sum(phase.seconds for phase in self.phases)
+        """Of the run; a search that it does not wait for takes none."""
+        return sum(phase.seconds for phase in self.phases if phase.delays)
 
 
 def make_plan(question: Question) -> Plan:
@@ -91,22 +86,25 @@ def make_plan(question: Question) -> Plan:
     engine_class(question.engine).check(config, question.trainers)
     model = source.build()
     flops = count_flops(model, question.data.sequence_length, config.search.probes.rank)
-    peak = _peak(question)
+    speed = rates(question)
     memory = training_memory(question, config.engine)
     search = None
     if config.mixture.policy == "opmix":
         require_adaptable(model)
-        search = _search(question, flops, peak, memory)
-    phases = list(_phases(question, flops, peak, search))
+        search = _search(question, flops, speed, memory)
+    training = training_phase(question, flops, speed)
+    phases = [training, evaluation_phase(question, flops, speed)]
+    if search is not None:
+        phases += search_phases(question, search.work, search.chosen)
     counts = parameter_counts(source.hf_config)
     return Plan(
         parameters=counts,
         flops=flops,
         recomputed=flops.recomputed(config.engine.activation_checkpointing),
-        peak_flops=peak,
+        rates=speed,
         memory=memory,
         phases=phases,
-        step_seconds=phases[0].seconds / config.train.steps,
+        step_seconds=training.seconds / config.train.steps,
         search=search,
         storage=storage(
             config,
@@ -133,21 +131,9 @@ def training_memory(question: Question, engine: EngineConfig, micro_batch_size: 
     return measure(question.source, engine.model_copy(update={"name": question.engine}), sizes)
 
 
-def _peak(question: Question) -> float:
-    engine = question.config.engine
-    if engine.peak_tflops is not None:
-        return engine.peak_tflops * 1e12
-    precision = product_precision(engine)
-    found = peak_flops(question.gpu.device, precision)
-    if found is None:
-        raise UserError(f"--gpu {question.gpu.name} has no {precision} products: set engine.peak_tflops")
-    return found
-
-
-def _search(question: Question, flops: FlopCounts, peak: float, training: RankMemory) -> SearchPlan:
+def _search(question: Question, flops: FlopCounts, speed: Rates, training: RankMemory) -> SearchPlan:
     config, data, source = question.config, question.data, question.source
-    inline = question.pool_ranks == 0
-    searching = question.trainers if inline else question.pool_ranks
+    inline, searching = question.pool_ranks == 0, question.searching
     if searching % config.pool.ranks_per_model:
         raise UserError(
             f"pool.ranks_per_model {config.pool.ranks_per_model} does not divide the {searching} rank(s) "
@@ -156,13 +142,12 @@ def _search(question: Question, flops: FlopCounts, peak: float, training: RankMe
     names = components(config, data.domains)
     resident = training.parameters + training.optimizer if inline else 0
     probes = probe_memory(source, config, names=names, sequence_length=data.sequence_length)
-    room = question.gpu.usable_bytes - resident
+    room = question.search_gpu.usable_bytes - resident
     candidates = candidate_memory(source, config, names=names, data=data, room=room)
     work = search_work(question, flops, names, candidates)
     train = config.train
     tokens = train.steps * train.global_batch_size * data.sequence_length
-    rate, search_rate = peak * question.mfu, peak * question.search_mfu
-    choices = pool_choices(question, work, tokens * flops.train(), rate, search_rate)
+    choices, enough = pool_choices(question, work, tokens * flops.train(), speed)
     wanted = next(c for c in choices if (c.place == "inline") == inline and (inline or c.ranks == searching))
     return SearchPlan(
         components=len(names),
@@ -173,30 +158,5 @@ def _search(question: Question, flops: FlopCounts, peak: float, training: RankMe
         resident=resident,
         choices=choices,
         chosen=wanted,
+        enough=enough,
     )
-
-
-def _phases(question: Question, flops: FlopCounts, peak: float, search: SearchPlan | None) -> Sequence[Phase]:
-    config, data, ranks = question.config, question.data, question.trainers
-    length, train = data.sequence_length, config.train
-
-    def on_trainers(name: str, tokens: int, flops_per_token: float) -> Phase:
-        total = tokens * flops_per_token
-        return Phase(name, tokens, total, ranks, total / (peak * question.mfu * ranks))
-
-    found = [on_trainers("training", train.steps * train.global_batch_size * length, flops.train())]
-    # after every interval and the last step
-    times = math.ceil(train.steps / train.eval_interval_steps) if train.eval_interval_steps else 1
-    held_out = times * train.eval_samples_per_domain
-    if search is not None:  # the final model on the search's samples
-        held_out += config.search.candidates.samples_per_domain
-    found.append(on_trainers("held-out evaluation", held_out * data.domains * length, flops.forward))
-    if search is None:
-        return found
-    work = search.work
-    time = search_time(work, search.chosen.ranks, config.pool.ranks_per_model, peak * question.search_mfu)
-    return [
-        *found,
-        Phase("probes", work.probe_tokens, work.probe_flops, time.ranks, time.probes),
-        Phase("candidates", work.candidate_tokens, work.candidate_flops, time.ranks, time.candidates),
-    ]

@@ -33,7 +33,8 @@ class DataSizes:
 
 @dataclass(frozen=True)
 class Question:
-    """ranks: of the launch, trainers and pool together; 0 pool ranks search on the trainers' own."""
+    """ranks: of the launch, trainers and pool together, on ``gpu``; a pool that is a launch of its own is on
+    ``pool_gpu``. 0 pool ranks search on the trainers' own."""
 
     config: RunConfig
     data: DataSizes
@@ -42,6 +43,7 @@ class Question:
     nodes: int
     gpus_per_node: int
     pool_ranks: int
+    pool_gpu: Gpu
     mfu: float
     search_mfu: float
     due_within: float
@@ -55,6 +57,15 @@ class Question:
     def trainers(self) -> int:
         """A pool of its own has other devices than these nodes'."""
         return self.ranks - (0 if self.config.pool.external else self.pool_ranks)
+
+    @property
+    def searching(self) -> int:
+        """Ranks that search."""
+        return self.pool_ranks or self.trainers
+
+    @property
+    def search_gpu(self) -> Gpu:
+        return self.pool_gpu if self.pool_ranks else self.gpu
 
     @property
     def engine(self) -> str:

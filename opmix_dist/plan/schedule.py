@@ -1,4 +1,4 @@
-"""What the phases of a run compute, how long that takes, and what a search costs on how many ranks."""
+"""What a search computes, how long that takes, and what it costs on how many ranks."""
 
 from __future__ import annotations
 
@@ -10,25 +10,11 @@ from opmix_dist.config import RunConfig
 from opmix_dist.errors import UserError
 from opmix_dist.models.flops import FlopCounts
 from opmix_dist.plan.question import Question
+from opmix_dist.plan.rates import Rates
 from opmix_dist.plan.searching import CandidateMemory, groups_of_probes
 from opmix_dist.pool.candidates import Method
 from opmix_dist.pool.team import Crew, Team
 from opmix_dist.train.ranks import check_ranks
-
-
-@dataclass(frozen=True)
-class Phase:
-    """flops: of the model, on all ranks together. ranks: that are busy or wait."""
-
-    name: str
-    tokens: int
-    flops: float
-    ranks: int
-    seconds: float
-
-    @property
-    def gpu_hours(self) -> float:
-        return self.ranks * self.seconds / 3600
 
 
 @dataclass(frozen=True)
@@ -150,8 +136,11 @@ class PoolChoice:
     """Searching on so many ranks.
 
     interval_share: of the time that training takes after the request, how much the search takes.
+    delays: whether training waits for the search.
     total_seconds: of the whole run, with the search where training waits for it.
-    waiting_gpu_hours: of trainers that wait for the search, and of the pool's ranks before and after it.
+    trainer_gpu_hours, pool_gpu_hours: of all that time, of either role, whose GPUs may differ.
+    trainer_waiting, pool_waiting: of these, of trainers while the search goes on, and of the pool before and
+    after it.
     batch_divides: whether the trainers that are left can share the global batch as it is.
     in_time: the search is done within the share that was asked for.
     """
@@ -160,51 +149,95 @@ class PoolChoice:
     ranks: int
     search: SearchTime
     interval_share: float
+    delays: bool
     total_seconds: float
-    total_gpu_hours: float
-    waiting_gpu_hours: float
+    trainer_gpu_hours: float
+    pool_gpu_hours: float
+    trainer_waiting: float
+    pool_waiting: float
     batch_divides: bool
     in_time: bool
 
+    @property
+    def total_gpu_hours(self) -> float:
+        return self.trainer_gpu_hours + self.pool_gpu_hours
 
-def pool_choices(
-    question: Question, work: SearchWork, train_flops: float, rate: float, search_rate: float
-) -> list[PoolChoice]:
-    """The search on the trainer ranks themselves, and on pools of 1, 2, 4 ... of the launch's ranks, or
-    devices of the pool's own.
+    @property
+    def waiting_gpu_hours(self) -> float:
+        return self.trainer_waiting + self.pool_waiting
+
+
+def pool_choice(
+    question: Question, work: SearchWork, train_flops: float, rates: Rates, ranks: int
+) -> PoolChoice:
+    """A pool of so many ranks, of the launch's or its own; 0: the trainer ranks themselves.
 
     Args:
         train_flops: of all steps.
-        rate, search_rate: FLOP/s of one rank in training and in the search.
     """
     config = question.config
-    each, share = config.pool.ranks_per_model, 1 - config.search_step / config.train.steps
-    found = []
-    for ranks in (0, *_pool_sizes(question)):
-        place: Place = "pool" if ranks else "inline"
-        external = config.pool.external and ranks > 0
-        trainers = question.ranks - (0 if external else ranks)
-        search = search_time(work, ranks or trainers, each, search_rate)
-        training = train_flops / (rate * trainers)
-        waits = config.search.mode == "sync" or place == "inline"
-        total = training + (search.seconds if waits else 0.0)
-        waiting = trainers * search.seconds if waits and ranks else 0.0
-        waiting += ranks * (total - search.seconds)
-        interval = search.seconds / (training * share)
-        found.append(
-            PoolChoice(
-                place=place,
-                ranks=ranks or trainers,
-                search=search,
-                interval_share=interval,
-                total_seconds=total,
-                total_gpu_hours=(trainers + ranks) * total / 3600,
-                waiting_gpu_hours=waiting / 3600,
-                batch_divides=_divides(config, trainers),
-                in_time=interval <= question.due_within,
-            )
-        )
-    return found
+    pool = 0 if config.pool.external else ranks
+    trainers = question.ranks - pool
+    search = search_time(
+        work, ranks or trainers, config.pool.ranks_per_model, rates.pool if ranks else rates.inline
+    )
+    training = train_flops / (rates.training * trainers)
+    delays = config.search.mode == "sync" or not ranks
+    total = training + (search.seconds if delays else 0.0)
+    interval = search.seconds / (training * (1 - config.search_step / config.train.steps))
+    return PoolChoice(
+        place="pool" if ranks else "inline",
+        ranks=ranks or trainers,
+        search=search,
+        interval_share=interval,
+        delays=delays,
+        total_seconds=total,
+        trainer_gpu_hours=trainers * total / 3600,
+        pool_gpu_hours=ranks * total / 3600,
+        trainer_waiting=trainers * search.seconds / 3600 if delays and ranks else 0.0,
+        # a search that the end of the run cuts short leaves it no time to wait
+        pool_waiting=ranks * max(0.0, total - search.seconds) / 3600,
+        batch_divides=_divides(config, trainers),
+        in_time=interval <= question.due_within,
+    )
+
+
+def pool_choices(
+    question: Question, work: SearchWork, train_flops: float, rates: Rates
+) -> tuple[list[PoolChoice], PoolChoice | None]:
+    """The search on the trainer ranks themselves, and on pools of 1, 2, 4 ... models' ranks, to the second of
+    them that is in time, and of as many as are asked for; and the smallest pool that is done in time, which
+    is among them. None: no pool here is.
+
+    Twice the ranks are never slower, so it is looked for from half of the first of them that is in time.
+    """
+    each, wanted = question.config.pool.ranks_per_model, question.pool_ranks
+    most = 4 * question.ranks if question.config.pool.external else question.ranks - 1
+
+    def choice(ranks: int) -> PoolChoice:
+        return pool_choice(question, work, train_flops, rates, ranks)
+
+    found = {}
+    late = 0
+    for ranks in _doubling(each, most):
+        found[ranks] = choice(ranks)
+        if ranks > max(2 * late, each):
+            break
+        late = late if found[ranks].in_time else ranks
+    between = (choice(ranks) for ranks in range(late + each, min(2 * late, most + 1), each))
+    enough = next((pool for pool in between if pool.in_time), None)
+    if enough is not None:
+        found[enough.ranks] = enough
+    if wanted:
+        found[wanted] = choice(wanted)
+    pools = [found[ranks] for ranks in sorted(found)]
+    return [choice(0), *pools], next((pool for pool in pools if pool.in_time), None)
+
+
+def _doubling(first: int, most: int) -> Iterator[int]:
+    while first <= most:
+        yield first
+        first *= 2
 
 
 def _divides(config: RunConfig, trainers: int) -> bool:
@@ -213,15 +246,3 @@ def _divides(config: RunConfig, trainers: int) -> bool:
     except UserError:
         return False
     return True
-
-
-def _pool_sizes(question: Question) -> Iterator[int]:
-    """1, 2, 4 ... models, and as many ranks as are configured."""
-    each, wanted = question.config.pool.ranks_per_model, question.pool_ranks
-    most = 4 * question.ranks if question.config.pool.external else question.ranks - 1
-    sizes = {wanted} if wanted else set()
-    size = each
-    while size <= most:
-        sizes.add(size)
-        size *= 2
-    yield from sorted(sizes)

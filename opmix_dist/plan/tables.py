@@ -21,18 +21,21 @@ def as_json(question: Question, plan: Plan, warnings: list[str]) -> dict[str, An
     found["memory"]["usable"] = question.gpu.usable_bytes
     found["flops"]["train"] = plan.flops.train()
     found["flops"]["probe"] = plan.flops.probe()
+    found["seconds"], found["gpu_hours"] = plan.seconds, plan.gpu_hours
     for phase, value in zip(plan.phases, found["phases"], strict=True):
         value["gpu_hours"] = phase.gpu_hours
     if plan.search is not None:
         for kind in ("probes", "candidates"):
             found["search"][kind]["total"] = getattr(plan.search, kind).total
         found["search"]["peak"] = plan.search.peak
+        found["search"]["usable"] = question.search_gpu.usable_bytes
     asked = {
         "gpu": question.gpu.name,
         "nodes": question.nodes,
         "gpus_per_node": question.gpus_per_node,
         "trainers": question.trainers,
         "pool_ranks": question.pool_ranks,
+        "search_gpu": question.search_gpu.name,
         "engine": question.engine,
         "micro_batches": question.micro_batches,
         "mfu": question.mfu,
@@ -80,6 +83,8 @@ def _memory(question: Question, plan: Plan) -> Table:
     ranks = (
         f"{question.trainers} trainer rank(s), {question.engine}, {question.micro_batches} micro-batch(es)"
     )
+    if search is not None and question.pool_ranks:
+        ranks += f"; a pool of {question.pool_ranks} {question.search_gpu.name}"
     columns = ["kind", "training"] + (["probes", "candidates"] if search else [])
     table = _table(f"Memory of a rank: {ranks}", *columns)
 
@@ -106,16 +111,18 @@ def _memory(question: Question, plan: Plan) -> Table:
         else (search.resident + search.probes.total, search.resident + search.candidates.total)
     )
     row("all", memory.total, *totals)
-    room = question.gpu.usable_bytes
-    row("usable", room, *([room, room] if search else []))
+    searching = question.search_gpu.usable_bytes
+    row("usable", question.gpu.usable_bytes, *([searching, searching] if search else []))
     if memory.offloaded:
         row("in the host's memory", memory.offloaded)
     return table
 
 
 def _phases(question: Question, plan: Plan) -> Table:
-    title = f"Phases, of {plan.peak_flops / 1e12:,.1f} TFLOP/s of a device: MFU {question.mfu:g}"
-    title += f", {question.search_mfu:g} in the search"
+    title = f"Phases: MFU {question.mfu:g} of {plan.rates.peak / 1e12:,.1f} TFLOP/s ({question.gpu.name})"
+    if plan.search is not None:
+        peak = plan.rates.pool_peak if question.pool_ranks else plan.rates.inline_peak
+        title += f", in the search {question.search_mfu:g} of {peak / 1e12:,.1f} ({question.search_gpu.name})"
     table = _table(title, "phase", "tokens", "FLOPs", "ranks", "time", "GPU-hours")
     for phase in plan.phases:
         table.add_row(
@@ -129,9 +136,37 @@ def _phases(question: Question, plan: Plan) -> Table:
     return table
 
 
+def hours_by_kind(question: Question, trainers: float, pool: float) -> str:
+    """GPU-hours of one kind of GPU, or of two, which do not cost the same."""
+    if question.search_gpu == question.gpu:
+        return hours(trainers + pool)
+    kinds = ((trainers, question.gpu), (pool, question.search_gpu))
+    return " + ".join(f"{hours(value)} {gpu.name}" for value, gpu in kinds if value) or "0"
+
+
+def run_hours(question: Question, plan: Plan) -> str:
+    """Of the phases, busy ranks alone: what waits beside them is in the table of places."""
+    searching = sum(phase.gpu_hours for phase in plan.phases if phase.gpu != question.gpu.name)
+    return hours_by_kind(question, plan.gpu_hours - searching, searching)
+
+
+def enough_ranks(question: Question, search: SearchPlan) -> str:
+    """How large a pool is in time."""
+    due = f"within {share(question.due_within)} of the training after its request"
+    kind = question.pool_gpu if question.config.pool.external else question.gpu
+    if search.enough is None:
+        most = max(choice.ranks for choice in search.choices)
+        return f"no pool of up to {most} {kind.name} makes the search finish {due}"
+    ranks = search.enough.ranks
+    nodes = -(-ranks // kind.per_node)
+    return (
+        f"a pool of {ranks} {kind.name} ({nodes} machine(s) of {kind.per_node}) makes the search finish {due}"
+    )
+
+
 def _choices(question: Question, search: SearchPlan) -> Table:
     waits = "waits" if question.config.search.mode == "sync" else "goes on"
-    title = f"Where to search ({search.components} probes; training {waits} meanwhile)"
+    title = f"Where to search ({search.components} probes; training {waits} while a pool searches)"
     table = _table(
         title,
         "place",
@@ -151,8 +186,8 @@ def _choices(question: Question, search: SearchPlan) -> Table:
             duration(choice.search.seconds),
             share(choice.interval_share),
             duration(choice.total_seconds),
-            hours(choice.total_gpu_hours),
-            hours(choice.waiting_gpu_hours),
+            hours_by_kind(question, choice.trainer_gpu_hours, choice.pool_gpu_hours),
+            hours_by_kind(question, choice.trainer_waiting, choice.pool_waiting),
             "yes" if choice.in_time else "no",
             "divides" if choice.batch_divides else "does not divide",
             style="bold" if choice == search.chosen else None,

@@ -70,7 +70,7 @@ def test_settings_and_sizes(config: Path, capsys: pytest.CaptureFixture[str]) ->
     assert plan["asked"]["trainers"] == 4
     assert plan["search"]["chosen"]["ranks"] == 4
     assert plan["search"]["components"] == 4
-    assert plan["peak_flops"] == 989.5e12
+    assert plan["rates"]["peak"] == 989.5e12
     assert len(plan["warnings"]) == 2, "two micro-batches, and a search that is late"
     assert "the search takes" in plan["warnings"][1]
     inline = planned(capsys, config, "--vocab-size", "64")
@@ -95,10 +95,39 @@ def test_whole_gradients_between_micro_batches(config: Path, capsys: pytest.Capt
 
 
 def test_tables(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(config), "--gpu", "h100", *SIZES, "--vocab-size", "64"]) == 0
-    shown = capsys.readouterr().out
+    kinds = (
+        "--gpu",
+        "h100",
+        "--pool-nodes",
+        "2",
+        "--pool-gpu",
+        "a100-40",
+        "--engine.param_dtype",
+        "bfloat16",
+    )
+    assert main(["plan", str(config), *kinds, *SIZES, "--vocab-size", "64"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
     for text in ("training", "probes", "candidates", "inline", "GPU-hours", "a step takes"):
         assert text in shown
+    assert "in the search 0.4 of 312.0 (a100-40)" in shown
+    assert "a pool of 16 a100-40" in shown
+    assert "a100-40 GPU-hours" in shown
+    assert "makes the search finish within 10.0% of the training after its request" in shown
+
+
+def test_a_pool_on_other_gpus(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of the launch's ranks train; the search is on two machines of A100."""
+    pool = ("--pool-nodes", "2", "--pool-gpu", "a100-40", "--engine.param_dtype", "bfloat16")
+    plan = planned(capsys, config, "--vocab-size", "64", *pool)
+    asked, search = plan["asked"], plan["search"]
+    assert (asked["trainers"], asked["pool_ranks"], asked["search_gpu"]) == (8, 16, "a100-40")
+    assert (plan["rates"]["peak"], plan["rates"]["pool_peak"]) == (989.5e12, 312e12)
+    assert (search["resident"], search["usable"]) == (0, 38_000_000_000)
+    training, _, probes, candidates = plan["phases"]
+    assert (training["ranks"], training["gpu"]) == (8, "h100")
+    for phase in (probes, candidates):
+        assert (phase["ranks"], phase["gpu"]) == (16, "a100-40")
+    assert search["chosen"]["search"]["probes"] == probes["seconds"]
 
 
 def test_mistakes(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,6 +138,13 @@ def test_mistakes(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--mfu 40" in refused(capsys, config, "--gpu", "h100", "--mfu", "40", *size)
     assert "multiple" in refused(capsys, config, "--gpu", "h100", "--nodes", "3", *size)
     assert "leaves no trainer" in refused(capsys, config, "--gpu", "h100", "--pool-ranks", "8", *size)
+    pool = ("--gpu", "h100", "--pool-gpu", "a100", *size)
+    assert "give --pool-nodes" in refused(capsys, config, *pool)
+    assert "--pool-gpu a1 is not" in refused(capsys, config, "--gpu", "h100", "--pool-gpu", "a1", *size)
+    assert "give one" in refused(capsys, config, *pool, "--pool-nodes", "1", "--pool-ranks", "8")
+    assert "give that too" in refused(capsys, config, *pool, "--pool-gpus-per-node", "4")
+    external = ("--gpu", "h100", "--pool.external", "true", *size)
+    assert "give its size with --pool-nodes" in refused(capsys, config, *external)
     few = ("--gpu", "a100", "--engine.float8", "true", *size)
     assert "has no float8 products" in refused(capsys, config, *few)
 

@@ -7,18 +7,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opmix_dist.config import RunConfig
+from opmix_dist.models.devices import peak_flops
 from opmix_dist.models.flops import count_flops
 from opmix_dist.models.source import ModelSource
-from opmix_dist.plan.gpus import GPUS
+from opmix_dist.plan.gpus import GPUS, Gpu
 from opmix_dist.plan.question import DataSizes, Question
-from opmix_dist.plan.schedule import SearchWork, pool_choices, search_time, search_work
+from opmix_dist.plan.rates import Rates, rates
+from opmix_dist.plan.schedule import SearchWork, pool_choice, pool_choices, search_time, search_work
 from opmix_dist.plan.searching import CandidateMemory, components
 from opmix_dist.plan.storage import storage
 from tests.helpers import tiny_llama_config
 from tests.plan.test_memory import LENGTH, run_config
 
 
-def question(config: RunConfig, *, nodes: int = 1, pool_ranks: int = 0) -> Question:
+def question(config: RunConfig, *, nodes: int = 1, pool_ranks: int = 0, pool_gpu: str = "h100") -> Question:
     return Question(
         config=config,
         data=DataSizes(3, LENGTH),
@@ -27,6 +29,7 @@ def question(config: RunConfig, *, nodes: int = 1, pool_ranks: int = 0) -> Quest
         nodes=nodes,
         gpus_per_node=8,
         pool_ranks=pool_ranks,
+        pool_gpu=GPUS[pool_gpu],
         mfu=0.4,
         search_mfu=0.4,
         due_within=0.5,
@@ -52,6 +55,7 @@ def test_work_of_a_search() -> None:
     assert work.probe_tokens == 4 * 4 * LENGTH
 
 
+ONE_FLOP_A_SECOND = Rates(*[1.0] * 6)
 WORK = SearchWork(
     probes=[12.0, 12.0, 12.0],
     passes=4,
@@ -94,7 +98,7 @@ def test_more_ranks_are_never_slower(groups: int, pieces: int, ranks: int) -> No
 def test_what_waits() -> None:
     """8 ranks. Ten steps, two before the search; training is 800 FLOPs, the search 68."""
     config = run_config(train__global_batch_size=28)
-    inline, one, two, four = pool_choices(question(config), WORK, 800.0, 1.0, 1.0)
+    (inline, one, two, four), enough = pool_choices(question(config), WORK, 800.0, ONE_FLOP_A_SECOND)
     assert (inline.place, inline.ranks, inline.waiting_gpu_hours) == ("inline", 8, 0.0)
     seconds = 9.0 + 7.0
     assert inline.search.seconds == pytest.approx(seconds)
@@ -108,9 +112,56 @@ def test_what_waits() -> None:
     assert one.waiting_gpu_hours == pytest.approx((7 * 68 + training) / 3600)
     assert (one.in_time, four.in_time) == (False, True)
     assert (two.ranks, four.ranks) == (2, 4)
+    assert (two.in_time, enough) == (True, two), "of 45% of the 133 s after its request"
     assert [choice.batch_divides for choice in (inline, one, two, four)] == [False, True, False, False]
-    beside = pool_choices(question(run_config(search__mode="async")), WORK, 800.0, 1.0, 1.0)[1]
+    waits_for_nothing = question(run_config(search__mode="async"))
+    beside = pool_choice(waits_for_nothing, WORK, 800.0, ONE_FLOP_A_SECOND, 1)
     assert beside.total_seconds == pytest.approx(training)
+    assert beside.trainer_waiting == 0 < beside.pool_waiting
+    cut = pool_choice(waits_for_nothing, WORK, 80.0, ONE_FLOP_A_SECOND, 1)
+    assert cut.search.seconds > cut.total_seconds
+    assert cut.pool_waiting == 0, "and not less"
+
+
+def test_a_pool_of_other_gpus() -> None:
+    """All 8 ranks train at 4 FLOP/s, 25 s in all, 20 of them after the request. A pool of slower GPUs is its
+    own launch: 68 s on one rank, 37 on two, 25 on three, of which ten are to do: the candidates are not."""
+    config = run_config(pool__external=True, search__mode="async", train__global_batch_size=32)
+    asked = question(config, pool_ranks=2, pool_gpu="a100")
+    speed = Rates(peak=10.0, inline_peak=10.0, pool_peak=2.5, training=4.0, inline=4.0, pool=1.0)
+    choices, enough = pool_choices(asked, WORK, 800.0, speed)
+    assert choices[0].search.seconds == pytest.approx(16.0 / 4)
+    assert [choice.ranks for choice in choices[1:]] == [1, 2, 4, 8, 16, 32]
+    one, two = choices[1:3]
+    assert (one.search.seconds, two.search.seconds) == (pytest.approx(68.0), pytest.approx(34.0))
+    assert two.total_seconds == pytest.approx(25.0)
+    assert two.trainer_gpu_hours == pytest.approx(8 * 25 / 3600)
+    assert two.pool_gpu_hours == pytest.approx(2 * 25 / 3600)
+    assert two.interval_share == pytest.approx(34 / 20)
+    assert enough is None, "sixteen seconds at least, of ten"
+    twice = Rates(peak=10.0, inline_peak=10.0, pool_peak=5.0, training=4.0, inline=4.0, pool=2.5)
+    choices, enough = pool_choices(asked, WORK, 800.0, twice)
+    assert enough is not None
+    assert [choice.ranks for choice in choices[1:]] == [1, 2, 3, 4, 8]
+    assert enough == choices[3], "three: 25 / 2.5 s, within half of 20 s"
+
+
+def test_what_each_gpu_computes_at() -> None:
+    """A pool computes in the engine's dtype also where training does in float8; a peak that is given is the
+    trainers'."""
+    config = run_config(engine__param_dtype="bfloat16", engine__float8=True, pool__external=True)
+    found = rates(question(config, pool_ranks=8, pool_gpu="a100"))
+    assert (found.peak, found.inline_peak, found.pool_peak) == (1979e12, 989.5e12, 312e12)
+    assert (found.training, found.inline, found.pool) == pytest.approx((791.6e12, 395.8e12, 124.8e12))
+    config = run_config(engine__param_dtype="bfloat16", engine__peak_tflops=500.0, pool__external=True)
+    found = rates(question(config, pool_ranks=8, pool_gpu="a100"))
+    assert (found.peak, found.inline_peak, found.pool_peak) == (500e12, 500e12, 312e12)
+    assert rates(question(config, pool_ranks=8)).pool_peak == 500e12
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
+def test_every_gpu_has_a_peak(gpu: Gpu) -> None:
+    assert peak_flops(gpu.device, "bfloat16")
 
 
 def test_storage_by_hand() -> None:
