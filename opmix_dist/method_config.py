@@ -18,7 +18,60 @@ class LoRAConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapters' input")
 
 
-MethodName = Literal["plain", "sdft", "distill"]
+MethodName = Literal["plain", "ewc", "mas", "gem", "o_lora", "sdft", "distill"]
+
+
+Domains = list[str] | None
+_OLD = "old domains to keep; null: all that start.run's model had read"
+
+
+class ImportanceConfig(Section):
+    """Of penalties lambda / 2 * sum F (theta - theta*)^2, theta* being the parameters at the run's start."""
+
+    strength: float = Field(1.0, ge=0, description="lambda; the penalty is added to the mean loss in nats")
+    domains: Domains = Field(None, description=_OLD)
+    samples_per_domain: int = Field(
+        64, ge=1, description="training samples of each old domain that importances are measured on"
+    )
+
+
+class EWCConfig(ImportanceConfig):
+    fisher: Literal["empirical", "sampled"] = Field(
+        "empirical",
+        description="gradients of the log-likelihood of the data, or of labels that the model samples itself "
+        "(the Fisher information proper)",
+    )
+    decay: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="null: a penalty for each earlier run's end, as in the paper; or online EWC: one, at the "
+        "last end, earlier importances times this",
+    )
+
+
+class GEMConfig(Section):
+    domains: Domains = Field(None, description=_OLD)
+    samples_per_domain: int = Field(64, ge=1, description="training samples of each old domain in the memory")
+    samples_per_step: int | None = Field(
+        None, ge=1, description="of each domain's memory, drawn anew for each step; null: all of them"
+    )
+    projection: Literal["gem", "a_gem"] = Field(
+        "gem",
+        description="let the loss of no domain's memory rise, or (averaged GEM) that of all together",
+    )
+    margin: float = Field(
+        0.0, ge=0, description="least value of GEM's dual variables, which favours the memories' losses"
+    )
+
+
+class OLoRAConfig(Section):
+    strength: float = Field(0.5, ge=0, description="lambda of the penalty on overlapping adapters")
+    overlap: Literal["absolute", "squared"] = Field(
+        "absolute",
+        description="what is summed of the entries of A_earlier A^T: absolute as in the authors' code, "
+        "squared as in the paper",
+    )
 
 
 Direction = Literal["reverse", "forward"]
@@ -71,8 +124,14 @@ class DistillConfig(OnPolicyConfig):
 class MethodConfig(Section):
     name: MethodName = Field(
         "plain",
-        description="how the model is trained; plain: the loss and nothing else; sdft: replies of its own, "
+        description="how the model is trained; plain: the loss and nothing else; ewc, mas: a penalty on what "
+        "is important to old domains; gem: gradients that do not raise their losses; o_lora: adapters that "
+        "are orthogonal to earlier ones; sdft: replies of its own, "
         "corrected by itself with a demonstration; distill: replies of its own, corrected by a teacher",
     )
+    ewc: EWCConfig = EWCConfig()
+    mas: ImportanceConfig = ImportanceConfig()
+    gem: GEMConfig = GEMConfig()
+    o_lora: OLoRAConfig = OLoRAConfig()
     sdft: SDFTConfig = SDFTConfig()
     distill: DistillConfig = DistillConfig()

@@ -110,6 +110,7 @@ class RunDir:
         self.report_file = self.path / "report.html"
         self.export = self.path / "export" / "hf"
         self.adapter = self.path / "export" / "adapter"
+        self.importance = self.path / "method" / "importance"
         self.snapshots = self.path / "snapshots"
         self.checkpoints = self.path / "checkpoints"
         self.searches = self.path / "searches"

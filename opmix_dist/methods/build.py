@@ -10,6 +10,10 @@ from opmix_dist.methods.base import Method, MethodAround
 # imported when it is chosen: some need packages that take long to import
 METHODS = {
     "plain": ("opmix_dist.methods.base", "Method"),
+    "ewc": ("opmix_dist.methods.ewc", "EWC"),
+    "mas": ("opmix_dist.methods.mas", "MAS"),
+    "gem": ("opmix_dist.methods.gem", "GEM"),
+    "o_lora": ("opmix_dist.methods.o_lora", "OLoRA"),
     "sdft": ("opmix_dist.methods.sdft", "SDFT"),
     "distill": ("opmix_dist.methods.distill", "Distill"),
 }

@@ -225,12 +225,12 @@ class Job:
         watched = self._watched()
         self._search_samples()
         callbacks = self._callbacks(reporter, checkpointer)
-        if world.is_leader:  # only now: settings that cannot even be built leave no run behind
-            self.run.write_config(config)
         ledger = Ledger(world.size, peak_flops=engine_peak_flops(config.engine, world.device))
         method = build_method(
             MethodAround(self.run, config, world, engine, source, catalogue, ledger, self.history)
         )
+        if world.is_leader:  # only now: settings that cannot even be built leave no run behind
+            self.run.write_config(config)
         state = self._restore(engine, checkpointer, loader)
         ledger.go_on(state.costs)
         recorded = self._recorded()
