@@ -8,6 +8,7 @@ from opmix_dist.search.simplex import (
     candidates_near,
     coefficients_of,
     effective,
+    nearest_coefficients,
     sample_candidates,
     sobol_candidates,
     two_probe_candidates,
@@ -31,6 +32,47 @@ def test_one_new_domain_composition_by_hand():
     assert components.names == ("old", "n")
     assert components.domains == ("a", "b", "n")
     np.testing.assert_allclose(components.matrix, [[0.225, 0.675, 0.1], [0.025, 0.075, 0.9]], atol=1e-15)
+
+
+def test_several_new_domains_composition_by_hand():
+    old = np.array([0.25, 0.75])
+    components = Components.for_new_domains(["a", "b"], old, ["m", "n"])
+    assert components.names == ("old", "m", "n")
+    assert components.domains == ("a", "b", "m", "n")
+    expected = [[0.25, 0.75, 0, 0], [0.025, 0.075, 0.9, 0], [0.025, 0.075, 0, 0.9]]
+    np.testing.assert_allclose(components.matrix, expected, atol=1e-15)
+    one = Components.for_new_domains(["a", "b"], old, ["n"], 0.5)
+    np.testing.assert_array_equal(one.matrix, Components.for_one_new_domain(["a", "b"], old, "n").matrix)
+    with pytest.raises(ValueError, match="need a new domain"):
+        Components.for_new_domains(["a", "b"], old, [])
+
+
+def test_nearest_coefficients_of_several_new_domains_by_hand():
+    matrix = Components.for_new_domains(["a", "b"], np.array([0.25, 0.75]), ["m", "n"]).matrix
+    # 0.36 of m is 0.4 of its probe, 0.18 of n is 0.2; what is left is p
+    found = nearest_coefficients(np.array([0.115, 0.345, 0.36, 0.18]), matrix)
+    np.testing.assert_allclose(found, [0.4, 0.4, 0.2], atol=1e-5)
+    # out of reach: as much of `m` as there is
+    found = nearest_coefficients(np.array([0, 0, 1.0, 0]), matrix)
+    np.testing.assert_allclose(found, [0, 1, 0], atol=1e-5)
+
+
+def test_nearest_coefficients_mix_about_as_many_probes_as_those_they_are_compared_with():
+    matrix = Components.for_rebalance(["a", "b"], np.array([0.5, 0.5])).matrix
+    x = np.array([0.68, 0.32])
+
+    # b of `b`, a of `a` and the rest `old`: 0.45 (a - b) = 0.18, so that u = (0.6 - 2 b, 0.4 + b, b)
+    def line(b):
+        return np.array([0.6 - 2 * b, 0.4 + b, b])
+
+    # sum of squares 6 b^2 - 1.6 b + 0.52 is least at b = 2 / 15
+    np.testing.assert_allclose(nearest_coefficients(x, matrix), line(2 / 15), atol=1e-5)
+    np.testing.assert_allclose(nearest_coefficients(x, matrix, like=np.eye(3)[1]), line(0), atol=1e-5)
+    like = nearest_coefficients(x, matrix, like=line(0.05))
+    np.testing.assert_allclose(like, line(0.05), atol=1e-4)
+    np.testing.assert_allclose(
+        nearest_coefficients(x, matrix, like=np.full(3, 1 / 3)), line(2 / 15), atol=1e-5
+    )
 
 
 def test_nine_candidates_between_two_probes_by_hand():

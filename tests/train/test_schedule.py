@@ -20,6 +20,11 @@ def test_wsd_warms_up_stays_and_decays_linearly() -> None:
     assert found == pytest.approx([2, 4, 6, 8, 8, 8, 8, 6, 4, 2])
 
 
+def test_a_warm_up_may_begin_above_zero() -> None:
+    found = rates(5, name="wsd", warmup_steps=3, warmup_from=0.5, decay_fraction=0.0)
+    assert found == [5, 6, 7, 8, 8]
+
+
 def test_wsd_without_decay_is_constant() -> None:
     assert rates(4, name="wsd", decay_fraction=0.0) == [8.0] * 4 == rates(4, name="constant")
 
