@@ -483,6 +483,11 @@ class RunConfig(SharedConfig):
                 f"model.lora trains beside whole weights, and engine.fsdp.tensor_parallel is "
                 f"{self.engine.fsdp.tensor_parallel}: set it to 1"
             )
+        if self.model.lora is not None and self.start.optimizer == "keep":
+            raise ValueError(
+                "model.lora trains fresh adapters, of which no earlier run has moments: set start.optimizer "
+                "to fresh"
+            )
         return self
 
     @model_validator(mode="after")
