@@ -52,6 +52,10 @@ resume-matrix: setup ## every engine continues every other's checkpoint; writes 
 evidence-small: setup ## the small benchmark that the documentation quotes
 	$(BIN)/python benchmarks/evidence_small.py
 
+.PHONY: evidence-lifecycle
+evidence-lifecycle: setup ## methods over the stages of configs/lifecycle-tiny.yaml, three seeds each; long, and goes on when stopped
+	$(BIN)/python -m benchmarks.lifecycle
+
 .PHONY: bench-data
 bench-data: setup ## loaders and ingest beside what others use; some 25 minutes on free cores
 	$(BIN)/python -m benchmarks.loader --out benchmarks/results/loader.md

@@ -14,6 +14,7 @@ from opmix_dist.config import DataConfig, RunConfig, check_config
 from opmix_dist.data.build import open_data
 from opmix_dist.data.catalogue import Catalogue
 from opmix_dist.errors import UserError
+from opmix_dist.exchange.lifecycles import STAGES
 from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.exchange.schemas import Name
 from opmix_dist.settings import (
@@ -25,8 +26,6 @@ from opmix_dist.settings import (
     set_dotted,
 )
 
-LIFECYCLE_FILE = "lifecycle.yaml"
-STAGES = "stages"
 NEW_WEIGHTS = ("checkpoint", "config")
 MANAGED = {
     "run_dir": "each stage has its folder in that of the lifecycle",

@@ -15,7 +15,8 @@ from opmix_dist.config import RESUME_MAY_CHANGE
 from opmix_dist.distributed import STAGE_VARIABLE
 from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
-from opmix_dist.lifecycle.config import LIFECYCLE_FILE, LifecycleConfig, Stage
+from opmix_dist.exchange.lifecycles import LIFECYCLE_FILE
+from opmix_dist.lifecycle.config import LifecycleConfig, Stage
 from opmix_dist.settings import changed_settings, to_yaml
 from opmix_dist.stopping import holding_signals
 

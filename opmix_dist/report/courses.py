@@ -9,27 +9,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from opmix_dist.config import RunConfig
 from opmix_dist.errors import UserError
 from opmix_dist.exchange.heldout import FILE as HELD_OUT
 from opmix_dist.exchange.heldout import HeldOutLosses, SampleLosses
+from opmix_dist.exchange.lifecycles import LIFECYCLE_FILE, stage_folders
 from opmix_dist.exchange.rundir import RunDir, read_record
-from opmix_dist.exchange.schemas import MixtureRecord, Name, PhaseCost, Record, Summary
+from opmix_dist.exchange.schemas import MixtureRecord, PhaseCost, Summary
 from opmix_dist.exchange.scores import FILE as SCORES
 from opmix_dist.exchange.scores import Scores
 from opmix_dist.report.compute import add_up
 from opmix_dist.report.transfer import Matrix
-from opmix_dist.settings import read_yaml
 from opmix_dist.train.checkpoint import STATE_FILE
 from opmix_dist.train.state import TrainerState
 
-MAX_STAGES = 1000
-LIFECYCLE_FILE = "lifecycle.yaml"
-STAGES = "stages"
 LOSS, ERROR = "loss, nats per token", "task error rate"
 END = "end"
 """What a run alone is called among the stages, so that its folder's name plays no part."""
@@ -126,30 +120,6 @@ def read_course(path: Path) -> Course:
     if (path / LIFECYCLE_FILE).is_file():
         return Course(path, [read_stage(folder, folder.name) for folder in stage_folders(path)])
     return Course(path, [read_stage(path, END)])
-
-
-class _Named(Record):
-    """A stage in lifecycle.yaml, of which only the name is needed here."""
-
-    model_config = ConfigDict(extra="ignore")
-    name: Name
-
-
-_STAGES = TypeAdapter(Annotated[list[_Named], Field(min_length=1, max_length=MAX_STAGES)])
-
-
-def stage_folders(path: Path) -> list[Path]:
-    """Folders of a lifecycle's stages in their order, whether they are there yet or not.
-
-    Raises:
-        UserError: lifecycle.yaml does not name its stages.
-    """
-    file = path / LIFECYCLE_FILE
-    try:
-        stages = _STAGES.validate_python(read_yaml(file).get(STAGES))
-    except ValidationError as error:
-        raise UserError(f"{file} does not name its stages: {error.errors()[0]['msg']}") from None
-    return [path / STAGES / stage.name for stage in stages]
 
 
 def read_stage(path: Path, name: str) -> Stage:

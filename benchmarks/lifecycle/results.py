@@ -1,0 +1,96 @@
+"""The table of a comparison of methods, from what their lifecycles left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from benchmarks.lifecycle.lives import Life
+from benchmarks.machine import describe, table
+from opmix_dist.report import words
+from opmix_dist.report.comparable import checks
+from opmix_dist.report.compare_tables import cells, notes, stage_rows, values
+from opmix_dist.report.compared import AVERAGE, ERRORS, FORGETTING, LOSSES, STAGES, TOTAL, Compared
+from opmix_dist.report.compute import UNITS
+from opmix_dist.report.courses import read_course
+from opmix_dist.report.groups import group_as_named
+
+CONFIDENCE = 0.95
+COLUMNS = (
+    (LOSSES, AVERAGE, "average loss"),
+    (LOSSES, "average of old domains", "old domains"),
+    (LOSSES, "average of new domains", "new domains"),
+    (STAGES, FORGETTING, "forgetting"),
+    (ERRORS, AVERAGE, "task errors"),
+    *((name, TOTAL, name) for name in UNITS.values()),
+)
+"""Section and label of a quantity, and what its column is called."""
+
+
+def compare(lives: Sequence[Life]) -> Compared:
+    """Of lifecycles that have ended; those of the first one's method are the baseline."""
+    by_method: dict[str, list[Life]] = {}
+    for life in lives:
+        by_method.setdefault(life.name, []).append(life)
+    named = [(name, [read_course(life.folder) for life in found]) for name, found in by_method.items()]
+    return Compared.of(group_as_named(named), CONFIDENCE)
+
+
+def as_json(compared: Compared) -> dict[str, Any]:
+    return {"machine": describe("torch", "transformers")} | values(compared, checks(compared.groups))
+
+
+def markdown(compared: Compared, whats: Mapping[str, str], command: str) -> str:
+    """The whole page.
+
+    Args:
+        whats: what each method is.
+        command: that made it.
+    """
+    return "\n\n".join(_parts(compared, whats, command)) + "\n"
+
+
+def _parts(compared: Compared, whats: Mapping[str, str], command: str) -> Iterator[str]:
+    baseline = compared.groups[0].name
+    yield "# A lifecycle by several methods"
+    yield f"`{command}`; {describe('torch', 'transformers')}."
+    yield "\n".join(f"- {group.name}: {whats[group.name]}" for group in compared.groups)
+    shown = [(row, title) for section, label, title in COLUMNS if (row := compared.row(section, label))]
+    seeds = [str(len(group.courses)) for group in compared.groups]
+    spreads = [
+        [group.name, seeds[i], *(cells(row)[i] for row, _ in shown)]
+        for i, group in enumerate(compared.groups)
+    ]
+    yield table(["", "seeds", *(title for _, title in shown)], spreads)
+    yield " ".join(notes(compared))
+    if len(compared.groups) > 1:
+        yield f"## Differences from {baseline}"
+        count = len(compared.groups)
+        rows = [
+            [group.name, *(cells(row)[count + i] for row, _ in shown)]
+            for i, group in enumerate(compared.groups[1:])
+        ]
+        yield table(["", *(title for _, title in shown)], rows)
+    yield "## Compute"
+    yield "\n".join(f"- {line}" for line in [*compared.compute_lines(), *compared.uncounted()])
+    yield "## Is it comparable?"
+    answers = {True: "yes", False: "no", None: "not known"}
+    yield "\n".join(f"- {one.what}: {answers[one.same]}; {one.text}" for one in checks(compared.groups))
+    yield "## Loss after each stage"
+    for group in compared.groups:
+        domains = group.losses.one.domains
+        rows = [[stage, *losses] for stage, losses in stage_rows(group)]
+        yield f"{group.name}:\n\n{table(['', *domains], rows)}"
+
+
+def teachers(lives: Sequence[Life]) -> Iterator[str]:
+    """What a method's own ledger does not have: the training of its teacher."""
+    for name, teacher in dict.fromkeys((life.name, life.method.teacher) for life in lives):
+        if teacher is None:
+            continue
+        found = [read_course(life.folder).last.summary.costs for life in lives if life.name == teacher]
+        flops = sum(cost.flops for costs in found for cost in costs.values()) / len(found)
+        yield (
+            f"{name}'s teacher is the end of {teacher}, whose last stage cost {words.si(flops)} FLOPs more; "
+            "they are not in the table"
+        )
