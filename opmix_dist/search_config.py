@@ -152,7 +152,22 @@ class ProposalConfig(Section):
     no_move: bool = Field(True, description="keep the mixture where the gain is within its uncertainty")
 
 
+class TaskMetricConfig(Section):
+    per_domain: int = Field(64, ge=2, description="tasks of each domain that candidates are scored on")
+    max_new_tokens: int = Field(64, ge=1, description="most tokens of a reply")
+    batch_size: int = Field(16, ge=1, description="prompts, or choices, in a pass")
+    choices: Literal["likelihood", "generation"] = Field(
+        "likelihood", description="multiple choice by the choices' likelihoods, or by the reply"
+    )
+    allow_code: bool = Field(False, description="import and call the scorers that tasks name")
+
+
 class SearchConfig(Section):
+    metric: Literal["loss", "tasks"] = Field(
+        "loss",
+        description="what candidates are compared by: held-out losses; or error rates of replies in domains "
+        "that have a tasks.jsonl, losses in others",
+    )
     mode: Literal["sync", "async"] = Field("sync", description="wait for the proposal, or train on meanwhile")
     start_fraction: float = Field(
         0.2,
@@ -180,6 +195,16 @@ class SearchConfig(Section):
     refinement: RefinementConfig = RefinementConfig()
     gradient: GradientConfig = GradientConfig()
     proposal: ProposalConfig = ProposalConfig()
+    tasks: TaskMetricConfig = TaskMetricConfig()
+
+    @model_validator(mode="after")
+    def _errors_have_no_slope(self) -> SearchConfig:
+        if self.metric == "tasks" and (self.wants_gradients or self.candidates.early_stop is not None):
+            raise ValueError(
+                "search.metric tasks takes candidates in full and without gradients: set search.method to "
+                "law, search.gradients to false and search.candidates.early_stop to null"
+            )
+        return self
 
     @property
     def wants_gradients(self) -> bool:

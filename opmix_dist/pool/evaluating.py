@@ -28,6 +28,7 @@ from opmix_dist.pool.evaluation_files import identity_of
 from opmix_dist.pool.evaluations import Evaluations, Evaluator, Measurement, Work
 from opmix_dist.pool.plan import Planner, chosen_dtype, halved
 from opmix_dist.pool.stream import stratified_order
+from opmix_dist.pool.task_metric import TaskMetric
 from opmix_dist.pool.team import Crew, Team
 from opmix_dist.pool.trials import Trials
 
@@ -38,6 +39,7 @@ class Evaluating:
     """Evaluates what it is asked within :meth:`planned`, after :meth:`open`.
 
     Args:
+        tasks: those that are rows of ``heldout``, if there are any.
         kernels: whether Triton kernels compute.
         snapshot: folder of the base's files, if there is one.
         together: runs what may fail on one rank, and raises PeerError on all ranks then.
@@ -53,6 +55,7 @@ class Evaluating:
         heldout: EvalSet,
         flops: FlopCounts,
         *,
+        tasks: TaskMetric | None = None,
         kernels: bool,
         snapshot: Path,
         world: World,
@@ -62,7 +65,7 @@ class Evaluating:
         on_progress: Callable[[int], None],
     ) -> None:
         self.search, self.request, self.config = search, request, config
-        self.adapters, self.heldout, self.flops = adapters, heldout, flops
+        self.adapters, self.heldout, self.flops, self.tasks = adapters, heldout, flops, tasks
         self.kernels, self.snapshot = kernels, snapshot
         self.world, self.crew, self.together, self.ledger = world, crew, together, ledger
         self.on_progress = on_progress
@@ -145,6 +148,7 @@ class Evaluating:
             self.heldout,
             (plan.method, plan.joint, plan.batch_size, plan.dtype, plan.kernels),
             self.config.model.attention,
+            *(() if self.tasks is None else (self.tasks.fingerprint,)),
         )
 
     def _on_leader(self, work: Callable[[], str]) -> str:
@@ -223,6 +227,15 @@ class Evaluating:
         return found.sums, None, found.gradients
 
     def _simulated(self, U: np.ndarray, stopping: EarlyStop | None, team: Team) -> Measurement:
+        if self.tasks is not None:
+            sums = self.tasks.sums(
+                self.adapters,
+                U,
+                self.heldout.batch,
+                batch_size=self.plan.batch_size,
+                on_progress=self.on_progress,
+            )
+            return sums, None, None
         found = simulate_sums(
             self.adapters,
             U,
@@ -238,11 +251,15 @@ class Evaluating:
         return found.sums, found.seen, None
 
     def _count(self, before: Work, after: Work, gradients: bool) -> None:
-        """What was evaluated in between, in tokens and FLOPs, to the ledger."""
+        """Collective. What was evaluated in between, in tokens and FLOPs, to the ledger."""
         components = len(self.request.components)
         candidates = after.candidates - before.candidates
         tokens = (after.samples - before.samples) * self.heldout.batch.sequence_length
-        if gradients:
+        if self.tasks is not None:
+            tokens = candidates * len(self.tasks.loss_rows) * self.heldout.batch.sequence_length
+            tokens += int(self.world.sum(torch.tensor([self.tasks.take_tokens()])))
+            flops = tokens * self.flops.forward + candidates * components * self.flops.merge_per_adapter
+        elif gradients:
             flops = tokens * self.flops.candidate_gradients(components)
         elif self.plan.method == "lowrank":
             flops = tokens * self.flops.lowrank_candidate(components)

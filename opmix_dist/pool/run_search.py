@@ -50,6 +50,7 @@ from opmix_dist.pool.solving import (
     search_problem,
 )
 from opmix_dist.pool.status import StatusWriter
+from opmix_dist.pool.task_metric import TaskMetric
 from opmix_dist.pool.team import Crew
 from opmix_dist.search.ask_tell import MixtureSearch, SearchResult
 from opmix_dist.search.feasibility import require_feasible_shares
@@ -175,6 +176,7 @@ class _Search:
             self.adapters,
             self.heldout,
             self.flops,
+            tasks=self.tasks,
             kernels=self.kernels,
             snapshot=self._snapshot,
             world=self.world,
@@ -205,6 +207,7 @@ class _Search:
             seed=self.config.seed,
         )
         self._tell_few_samples()
+        self.tasks = self._take_tasks()
         with self.ledger.timed("load snapshot"):
             self.model = self._load_model()
         self.status.advance(0)
@@ -232,6 +235,21 @@ class _Search:
                 wanted,
                 ", ".join(few),
             )
+
+    def _take_tasks(self) -> TaskMetric | None:
+        """In place of the held-out samples of domains that have some, where error rates are compared."""
+        if self.config.search.metric == "loss":
+            return None
+        if self.crew.team.sharded:
+            raise SearchError("search.metric tasks needs whole models: set pool.ranks_per_model to 1")
+        self.heldout, tasks = TaskMetric.instead(
+            self.heldout,
+            self.catalogue,
+            self.config.search.tasks,
+            mask=self.config.data.mask_documents,
+            seed=self.config.seed,
+        )
+        return tasks
 
     @property
     def _snapshot(self) -> Path:

@@ -45,6 +45,7 @@ from opmix_dist.models.source import ModelSource, open_source
 from opmix_dist.pool.plan import require_kernels
 from opmix_dist.pool.requests import check_components
 from opmix_dist.pool.supervisor import Supervisor
+from opmix_dist.pool.task_metric import require_tasks
 from opmix_dist.pool.team import require_whole_teams
 from opmix_dist.process import die_with_parent
 from opmix_dist.seeds import derive_seed
@@ -129,6 +130,8 @@ def check_config_against(config: RunConfig, catalogue: Catalogue, placement: Pla
         check_components(catalogue.names)
         if not (config.pool.ranks or config.pool.external):
             require_whole_teams(config.pool.ranks_per_model, placement.size)
+        if config.search.metric == "tasks":
+            require_tasks(catalogue)
     config.search.check_domains(catalogue.names, str(catalogue.root))
 
 
