@@ -56,7 +56,9 @@ def tiny_config(data: Path, run: Path, **sections: dict[str, Any] | Any) -> dict
 class Job:
     """A launch in a process group of its own, so that all of it can be killed at once."""
 
-    def __init__(self, config: dict[str, Any], ranks: int, *, overrides: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, config: dict[str, Any], ranks: int, *, overrides: tuple[str, ...] = (), command: str = "train"
+    ) -> None:
         self.run = RunDir(config["run_dir"])
         self.file = self.run.path.with_suffix(".yaml")
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +66,7 @@ class Job:
         self.log_file = self.run.path.with_suffix(".log")
         self._log = open(self.log_file, "ab")  # noqa: SIM115  (closed by finish)
         self.process = subprocess.Popen(
-            torchrun_command(ranks, "opmix_dist.cli", "train", str(self.file), *overrides),
+            torchrun_command(ranks, "opmix_dist.cli", command, str(self.file), *overrides),
             stdout=self._log,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
