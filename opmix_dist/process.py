@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import logging
 import os
 import signal
+import stat
 import sys
 from pathlib import Path
 from typing import IO, NoReturn
@@ -59,14 +61,29 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
+def _open_lock(path: Path) -> IO[str]:
+    """UserError where somebody has put something else in its place: what a link leads to would be emptied."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR):
+            raise UserError(f"{path} is no ordinary file: remove it") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{path} is no ordinary file: remove it")
+    return open(descriptor, "a+")
+
+
 def lock_run(folder: Path) -> IO[str]:
     """Hold the run directory for this process; keep the returned file open as long.
 
     Raises:
-        UserError: another live process holds it.
+        UserError: another live process holds it, or its ``.lock`` is no ordinary file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "a+")  # noqa: SIM115  (it is the lock: it stays open)
+    file = _open_lock(folder / ".lock")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

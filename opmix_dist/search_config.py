@@ -102,7 +102,7 @@ class LawConfig(Section):
         description="give the law a term for what averaging probes gains whatever their data (log_linear)",
     )
     huber_delta: float = Field(0.02, gt=0, description="Huber threshold on residuals of the log-linear law")
-    num_starts: int = Field(64, ge=1, description="random starts per domain, all fitted at once")
+    num_starts: int = Field(64, ge=1, le=10_000, description="random starts per domain, all fitted at once")
 
 
 class RefinementConfig(Section):
@@ -147,7 +147,9 @@ class ProposalConfig(Section):
     max_repetitions: float | None = Field(
         None, gt=0, description="cap on the epochs over a domain in the whole run; null: no cap"
     )
-    bootstrap: int = Field(100, ge=0, description="resampled laws behind the error bars; 0: no error bars")
+    bootstrap: int = Field(
+        100, ge=0, le=10_000, description="resampled laws behind the error bars; 0: no error bars"
+    )
     confidence: float = Field(0.9, gt=0.5, lt=1, description="of the intervals and of the decision to move")
     no_move: bool = Field(True, description="keep the mixture where the gain is within its uncertainty")
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from opmix_dist.bounded import read_bounded
 from opmix_dist.config import RESUME_MAY_CHANGE, SEARCH_MAY_CHANGE, SearchRunConfig
 from opmix_dist.data.build import held_out_samples, open_data
 from opmix_dist.data.catalogue import Catalogue
@@ -138,7 +139,7 @@ def _answer(
         if world.is_leader:
             if search.proposal_file.exists():
                 asked = (search.proposal_file, search.status_file, search.request_file, run.config_file)
-                earlier = {path: path.read_bytes() for path in asked}
+                earlier = {path: read_bounded(path, files.MAX_JSON_BYTES) for path in asked}
                 search.proposal_file.unlink()  # the answer to other settings
             run.write_config(config)
             write_record(search.request_file, request)

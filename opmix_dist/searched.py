@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from pydantic import BaseModel, ValidationError
 
 from opmix_dist.errors import UserError
 from opmix_dist.exchange.files import read_json
 from opmix_dist.exchange.rundir import RunDir
-from opmix_dist.exchange.schemas import SearchRequest, SearchStage
+from opmix_dist.exchange.schemas import Finite, SearchRequest, SearchStage
 from opmix_dist.fit.analysis import analyse
 from opmix_dist.fit.config import load_fit_config
 from opmix_dist.fit.outputs import PROPOSAL, SETTINGS
@@ -73,7 +74,10 @@ def _of_run(run: RunDir, name: str | None, confidence: float | None, resampled: 
         )
     settings = run.any_config().search
     reference = np.array([proposed.snapshot[domain] for domain in request.domains])
-    problem = search_problem(request, settings.proposal, reference)
+    try:
+        problem = search_problem(request, settings.proposal, reference)
+    except ValueError as error:
+        raise UserError(f"request.json of search {view.name} of {run.path} is invalid: {error}") from None
     table = _table(view.candidates, request)
     observations = _observations(view.candidates, table, request, problem)
     fit = _fitted(observations, settings.law, derive_seed(request.seed, "law"))
@@ -191,6 +195,21 @@ def _differences(losses: np.ndarray, recorded: Mapping[str, float]) -> tuple[str
     )
 
 
+class _Recorded(BaseModel):
+    """What is read of a fit's proposal.json."""
+
+    predicted: dict[str, Finite]
+
+
+def _recorded(file: Path, metrics: Sequence[str]) -> dict[str, float]:
+    """Losses that a fit predicted at its proposal, in the metrics' order."""
+    try:
+        predicted = _Recorded.model_validate(read_json(file)).predicted
+        return {metric: predicted[metric] for metric in metrics}
+    except (ValidationError, KeyError):
+        raise UserError(f"{file} is no proposal of this fit: fit again") from None
+
+
 def _of_fit(folder: Path, confidence: float | None, resampled: int | None) -> Searched:
     config = load_fit_config(folder / SETTINGS)
     count = resampled or config.bootstrap.count or RESAMPLED
@@ -201,7 +220,7 @@ def _of_fit(folder: Path, confidence: float | None, resampled: int | None) -> Se
         raise UserError(f"{folder} holds laws without a proposal: fit again without proposer.fit_only")
     if outcome.bootstrap is None:
         raise UserError(f"{folder} holds the worst mixture: fit again without proposer.make_worst_mix")
-    recorded = read_json(folder / PROPOSAL)["predicted"]
+    recorded = _recorded(folder / PROPOSAL, analysis.inputs.metrics)
     return Searched(
         title=f"the fit in {folder.resolve().name}",
         fit=analysis.fit,

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from opmix_dist.bounded import open_ordinary
 from opmix_dist.data.catalogue import DIGESTS_FILE, read_domain
 from opmix_dist.data.survey import BLOCK_DOCUMENTS, DIGEST_BYTES, Mark, Survey
 from opmix_dist.errors import UserError
@@ -49,7 +50,7 @@ class PublishedDigests:
         self.documents = file.stat().st_size // DIGEST_BYTES
 
     def numbered(self) -> Iterator[Numbered]:
-        with open(self._file, "rb") as file:
+        with open(open_ordinary(self._file), "rb") as file:
             begin = 0
             while block := file.read(BLOCK_DOCUMENTS * DIGEST_BYTES):
                 digests = np.frombuffer(block, np.uint8).reshape(-1, DIGEST_BYTES)
@@ -82,7 +83,11 @@ class SurveyedDigests:
 def published_digests(root: Path, name: str) -> PublishedDigests:
     """Those of the finished domain ``name``; UserError when its file is not the one that it was made with."""
     file = root / name / DIGESTS_FILE
-    if not file.exists() or _sha256(file) != read_domain(root, name).digests_sha256:
+    if (
+        not file.exists()
+        or _sha256(file) != read_domain(root, name).digests_sha256
+        or file.stat().st_size % DIGEST_BYTES
+    ):
         raise UserError(f"{file} is missing or damaged: prepare {name} again with --overwrite")
     return PublishedDigests(file)
 
@@ -135,5 +140,5 @@ def _repeated(bucket: Path) -> np.ndarray:
 
 
 def _sha256(file: Path) -> str:
-    with open(file, "rb") as opened:
+    with open(open_ordinary(file), "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

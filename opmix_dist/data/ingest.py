@@ -47,7 +47,8 @@ from opmix_dist.data.survey import Mark, Survey, Surveyed, Surveyor, document_te
 from opmix_dist.data.task_lines import write_tasks
 from opmix_dist.data.tokenizer import TokenizerFiles, load_tokenizer, save_tokenizer, train_tokenizer
 from opmix_dist.data.workers import Pool, Task
-from opmix_dist.data.writing import DomainWriter, Form, read_record
+from opmix_dist.data.writing import DomainWriter, Form
+from opmix_dist.data.written import read_record
 from opmix_dist.errors import UserError
 from opmix_dist.faults.points import point
 
@@ -167,10 +168,10 @@ class _Ingest:
         return TokenizerFiles.of(folder, tokenizer)
 
     def _begun_with(self, folder: Path) -> bool:
-        records = [record for job in self._jobs if (record := read_record(job.staging)) is not None]
+        records = [record for job in self._jobs if (record := read_record(job.staging.work)) is not None]
         if not records or not folder.exists():
             return False
-        return tokenizer_fingerprint(folder) in {record.state["tokenizer"] for record in records}
+        return tokenizer_fingerprint(folder) in {record.state.tokenizer for record in records}
 
     def _train_tokenizer(self) -> PreTrainedTokenizerFast:
         with self._report.stage("tokenizer: train") as advance:

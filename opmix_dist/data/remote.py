@@ -12,8 +12,10 @@ from typing import Any
 from filelock import FileLock
 
 from opmix_dist.atomic import write_bytes
+from opmix_dist.bounded import read_bounded
 from opmix_dist.data.catalogue import (
     DOMAIN_FILE,
+    MAX_DOMAIN_FILE_BYTES,
     SPLITS,
     TOKENIZER,
     Catalogue,
@@ -122,7 +124,7 @@ def _is_mirrored(cache: Path, name: str, described: bytes) -> bool:
     mine = cache / name / DOMAIN_FILE
     if not mine.exists():
         return False
-    if mine.read_bytes() != described:
+    if read_bounded(mine, MAX_DOMAIN_FILE_BYTES) != described:
         raise UserError(f"{cache / name} caches another version of domain {name}: delete that folder")
     return True
 

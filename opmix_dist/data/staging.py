@@ -11,7 +11,6 @@ A later run with the same settings goes on with what it finds there; with others
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,7 +21,8 @@ from typing import Any
 from pydantic import JsonValue
 
 from opmix_dist.atomic import TEMPORARY, write_json
-from opmix_dist.data.catalogue import DOMAIN_FILE
+from opmix_dist.bounded import read_json
+from opmix_dist.data.catalogue import DOMAIN_FILE, MAX_DOMAIN_FILE_BYTES
 from opmix_dist.errors import UserError
 
 Settings = dict[str, JsonValue]
@@ -148,9 +148,9 @@ def _sync_entry(folder: Path) -> None:
 def _settings(file: Path, key: str | None = None) -> Any:
     """The settings that a file of ours holds; None when there is no file."""
     try:
-        value = json.loads(file.read_bytes())
+        value = read_json(file, MAX_DOMAIN_FILE_BYTES)
         return value if key is None else value[key]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (UserError, OSError, LookupError, TypeError) as error:
         raise UserError(f"cannot read {file} ({error}): delete its folder and run again") from None

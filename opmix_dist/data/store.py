@@ -22,6 +22,7 @@ from typing import IO, Any, cast
 
 from filelock import FileLock, Timeout
 
+from opmix_dist.bounded import open_ordinary
 from opmix_dist.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -268,7 +269,7 @@ def one_line(error: BaseException) -> str:
 def file_hash(path: Path) -> str:
     """xxh3_128 of a file, hexadecimal."""
     digest = _new_digest()
-    with open(path, "rb") as file:
+    with open(open_ordinary(path), "rb") as file:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()

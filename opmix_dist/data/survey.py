@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from opmix_dist.atomic import write_json
+from opmix_dist.bounded import read_json, require_ordinary
 from opmix_dist.data.decontaminate import Grams
 from opmix_dist.data.source import Chunk, Conversation, Document, Place
 from opmix_dist.data.tokenizer import TokenizerFiles, check_ids
@@ -26,6 +28,9 @@ from opmix_dist.errors import UserError
 DIGEST_BYTES = 16
 BLOCK_DOCUMENTS = 1 << 20
 """Rows of a survey's files that are read at a time."""
+
+
+MAX_STATE_BYTES = 1 << 16
 
 
 class Mark(IntEnum):
@@ -141,6 +146,17 @@ _COLUMNS = {"digests": (np.uint8, DIGEST_BYTES), "ranks": (np.float64, 1), "mark
 _PER_CHUNK = {"chunks"}
 
 
+class _State(BaseModel):
+    """survey.json: rows of the columns that count, and how far the survey is."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    documents: int = Field(ge=0, lt=1 << 48)
+    chunks: int = Field(ge=0, lt=1 << 48)
+    complete: bool
+    settled: bool
+
+
 class Survey:
     """The files of one domain's survey, in a folder; an earlier run's are gone on with.
 
@@ -152,11 +168,10 @@ class Survey:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         state = self._read_state()
-        self.documents: int = state["documents"]
-        self.complete: bool = state["complete"]
-        self.settled: bool = state["settled"]
+        self.documents, self._chunks = state.documents, state.chunks
+        self.complete = state.complete
+        self.settled = state.settled
         """Marks are final."""
-        self._chunks: int = state["chunks"]
         self._open: dict[str, IO[bytes]] = {}
 
     @property
@@ -220,22 +235,28 @@ class Survey:
     def _state_file(self) -> Path:
         return self.folder / "survey.json"
 
-    def _read_state(self) -> dict[str, Any]:
+    def _read_state(self) -> _State:
         """The last saved state; raises UserError when it cannot be what :meth:`save` wrote."""
-        if not self._state_file.exists():
-            return {"documents": 0, "chunks": 0, "complete": False, "settled": False}
         try:
-            state = json.loads(self._state_file.read_bytes())
-            sizes = {name: state["chunks" if name in _PER_CHUNK else "documents"] for name in _COLUMNS}
-            for name, rows in sizes.items():
-                dtype, width = _COLUMNS[name]
+            state = _State.model_validate(read_json(self._state_file, MAX_STATE_BYTES))
+            for name, (dtype, width) in _COLUMNS.items():
+                rows = state.chunks if name in _PER_CHUNK else state.documents
+                if rows:
+                    require_ordinary(self.path(name))
                 if rows and self.path(name).stat().st_size < rows * width * np.dtype(dtype).itemsize:
                     raise ValueError(f"{self.path(name)} is too short")
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise UserError(
-                f"cannot go on with {self._state_file} ({error}): delete {self.folder.parent.parent}"
-            ) from None
-        return dict(state)
+        except FileNotFoundError:
+            if self._state_file.exists():
+                raise self._unreadable("a column is missing") from None
+            return _State(documents=0, chunks=0, complete=False, settled=False)
+        except ValidationError as error:
+            raise self._unreadable(str(error.errors()[0]["msg"])) from None
+        except (UserError, OSError, ValueError) as error:
+            raise self._unreadable(str(error)) from None
+        return state
+
+    def _unreadable(self, why: str) -> UserError:
+        return UserError(f"cannot go on with {self._state_file} ({why}): delete {self.folder.parent.parent}")
 
     def _file(self, name: str) -> IO[bytes]:
         """Open for appending, cut to the rows that were noted: a killed run may have written more."""

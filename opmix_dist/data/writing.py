@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 
 from opmix_dist.atomic import write_bytes
@@ -42,10 +41,10 @@ from opmix_dist.data.staging import Settings, Staging, writing
 from opmix_dist.data.survey import Mark, Survey
 from opmix_dist.data.tokenizer import TokenizerFiles
 from opmix_dist.data.workers import Pool
+from opmix_dist.data.written import RECORD_FILE, Counts, read_record
 from opmix_dist.errors import UserError
 
 Entry = dict[str, Any]
-RECORD_FILE = "written.safetensors"
 
 
 @dataclass(frozen=True)
@@ -123,9 +122,9 @@ class SplitWriter:
         arrays |= {f"cutter.{name}": array for name, array in self._cutter.state().items()}
         return {name: getattr(self, name) for name in _COUNTS}, arrays
 
-    def restore(self, counts: Mapping[str, int], arrays: Arrays, shards: Sequence[Entry]) -> None:
+    def restore(self, counts: Counts, arrays: Arrays, shards: Sequence[Entry]) -> None:
         for name in _COUNTS:
-            setattr(self, name, counts[name])
+            setattr(self, name, getattr(counts, name))
         self._packer.restore(_under("packer.", arrays))
         self._cutter.restore(_under("cutter.", arrays))
         self.shards = list(shards)
@@ -272,39 +271,14 @@ class DomainWriter:
         write_bytes(self.staging.work / RECORD_FILE, safetensors_bytes(arrays, {"state": text}))
 
     def _restore(self) -> bool:
-        record = read_record(self.staging)
-        if record is None or record.state["tokenizer"] != self.form.tokenizer.fingerprint:
+        record = read_record(self.staging.work)
+        if record is None or record.state.tokenizer != self.form.tokenizer.fingerprint:
             return False
         state = record.state
-        self.chunks, self.tokens_cut, self.unlearnt = (
-            state[key] for key in ("chunks", "tokens_cut", "unlearnt")
-        )
+        self.chunks, self.tokens_cut, self.unlearnt = state.chunks, state.tokens_cut, state.unlearnt
         for split, writer in self._splits.items():
-            writer.restore(state["counts"][split], _under(f"{split}.", record.arrays), state["shards"][split])
+            writer.restore(state.counts[split], _under(f"{split}.", record.arrays), state.shards[split])
         return True
-
-
-@dataclass(frozen=True)
-class Record:
-    """What an earlier run saved of a domain's second pass."""
-
-    state: dict[str, Any]
-    arrays: Arrays
-
-
-def read_record(staging: Staging) -> Record | None:
-    """None when there is none; raises UserError when it is damaged."""
-    file = staging.work / RECORD_FILE
-    if not file.exists():
-        return None
-    try:
-        with safe_open(file, framework="np") as opened:
-            return Record(
-                json.loads(opened.metadata()["state"]),
-                {name: opened.get_tensor(name) for name in opened.keys()},  # noqa: SIM118  (no mapping)
-            )
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"cannot go on with {file} ({error}): delete {staging.folder}") from None
 
 
 def _require_samples(name: str, splits: Mapping[Split, SplitInfo]) -> None:

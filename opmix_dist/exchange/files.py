@@ -64,7 +64,7 @@ def append_jsonl(path: Path, *values: Any, sync: bool = True) -> None:
 def sync_file(path: Path) -> None:
     """Fsync what was appended to a file, if it exists."""
     if path.exists():
-        with open(path, "rb") as file:
+        with open(bounded.open_ordinary(path), "rb") as file:
             os.fsync(file.fileno())
 
 

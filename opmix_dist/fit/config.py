@@ -178,7 +178,9 @@ class FilteringConfig(Section):
 class LawConfig(Section):
     averaging: bool = Field(False, description="log_linear: a term for what averaging runs gains by itself")
     huber_delta: float = Field(0.02, gt=0, description="log_linear: residual from which it counts less")
-    num_starts: int = Field(64, ge=1, description="log_linear: starts for each metric, all fitted at once")
+    num_starts: int = Field(
+        64, ge=1, le=10_000, description="log_linear: starts for each metric, all fitted at once"
+    )
 
 
 class ObjectiveConfig(Section):
@@ -201,7 +203,7 @@ class BoundsConfig(Section):
 
 class BootstrapConfig(Section):
     count: int = Field(
-        100, ge=0, description="refits to resampled losses, for the intervals; 0: no intervals"
+        100, ge=0, le=10_000, description="refits to resampled losses, for the intervals; 0: no intervals"
     )
     confidence: float = Field(0.9, gt=0.5, lt=1, description="of the intervals and of the decision to move")
 

@@ -17,6 +17,7 @@ from typing import TypeVar
 import yaml
 from pydantic import BaseModel
 
+from opmix_dist.bounded import open_ordinary
 from opmix_dist.config import RunConfig, SearchRunConfig
 from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
@@ -192,7 +193,7 @@ def _checkpoint(run: RunDir) -> Mark | None:
 
 def _holder(run: RunDir) -> str:
     try:
-        with open(run.path / ".lock", "rb") as file:
+        with open(open_ordinary(run.path / ".lock"), "rb") as file:
             return file.read(MAX_LOCK_BYTES).decode("utf-8", "replace").strip()
     except FileNotFoundError:
         return ""

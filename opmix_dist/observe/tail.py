@@ -9,6 +9,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from opmix_dist.bounded import open_ordinary
+
 M = TypeVar("M", bound=BaseModel)
 MAX_TAIL_BYTES = 1 << 18
 
@@ -21,9 +23,10 @@ def tail_of_jsonl(path: Path, kind: type[M], max_bytes: int = MAX_TAIL_BYTES) ->
 
     Raises:
         OSError: the file is there and cannot be read.
+        UserError: it is no ordinary file.
     """
     try:
-        with open(path, "rb") as file:
+        with open(open_ordinary(path), "rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - max_bytes))
             lines = file.read(max_bytes).split(b"\n")

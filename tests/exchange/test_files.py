@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
+from opmix_dist.process import lock_run
 from opmix_dist.exchange.rundir import RunDir, read_record, write_record
 from opmix_dist.exchange.schemas import MixtureRecord, Proposal, SearchRequest, SearchStage, SearchStatus
 from opmix_dist.process import lock_run
@@ -165,3 +166,14 @@ def test_a_run_directory_has_one_owner(tmp_path: Path) -> None:
 
 def test_final_stages() -> None:
     assert [stage for stage in SearchStage if stage.final] == [SearchStage.PROPOSED, SearchStage.FAILED]
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
+    """What it leads to would be emptied, and hold a process number then."""
+    victim = tmp_path / "victim"
+    victim.write_text("dear")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(victim)
+    with pytest.raises(UserError, match=r"\.lock is no ordinary file"):
+        lock_run(tmp_path / "run")
+    assert victim.read_text() == "dear"

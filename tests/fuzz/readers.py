@@ -39,12 +39,12 @@ from opmix_dist.pool.evaluation_files import EvaluationFiles, Measured
 from opmix_dist.report.html import write_report
 from opmix_dist.report.reading import read_run
 from opmix_dist.tasks.records import read_tasks
-from opmix_dist.tasks.records import read_tasks
 from opmix_dist.train.checkpoint_storage import SafePlanner, SafeReader
 from opmix_dist.train.state import TrainerState
 from opmix_kernels.runtime import read_tuning
 from tests.data.migration_inputs import write_mds
 from tests.data.shard_files import write_catalogue, write_split
+from tests.fuzz.kept_readers import KEPT, make_kept
 from tests.helpers import tiny_llama
 from tests.report.runs import COMPONENTS, DOMAINS, UNIFORM, RunWriter
 
@@ -91,6 +91,7 @@ def make_all(root: Path) -> None:
         shard.unlink()
     _make_sources(root / "sources")
     _make_tables(root / "tables")
+    make_kept(root)
 
 
 Action = Literal["skip", "rollback"]
@@ -200,14 +201,7 @@ def _make_tables(folder: Path) -> None:
     task = {"kind": "tool_call", "messages": messages("2+2?"), "answer": {"name": "f", "arguments": {"n": 1}}}
     choice = {"kind": "multiple_choice", "messages": messages("?"), "choices": ["A", "B"], "answer": "A"}
     (folder / "tasks.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (task, choice)))
-    task = {"kind": "tool_call", "messages": messages("2+2?"), "answer": {"name": "f", "arguments": {"n": 1}}}
-    choice = {"kind": "multiple_choice", "messages": messages("?"), "choices": ["A", "B"], "answer": "A"}
-    (folder / "tasks.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (task, choice)))
     (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"overlap_comm": True}}))
-
-
-def messages(content: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": content}]
 
 
 def messages(content: str) -> list[dict[str, str]]:
@@ -376,6 +370,6 @@ READERS = (
         (ValueError,),
     ),
     _of("tasks", "tables/tasks.jsonl", read_tasks),
-    _of("tasks", "tables/tasks.jsonl", read_tasks),
     _of("DeepSpeed's settings", "tables/ds.json", _deepspeed),
+    *(Reader(name, file, read, dear=dear) for name, file, read, dear in KEPT),
 )

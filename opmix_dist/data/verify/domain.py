@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from pydantic import ValidationError
 
+from opmix_dist.bounded import open_ordinary, read_bounded
 from opmix_dist.data.catalogue import (
     DIGESTS_FILE,
     DOMAIN_FILE,
@@ -23,7 +24,7 @@ from opmix_dist.data.catalogue import (
 )
 from opmix_dist.data.remote import is_url
 from opmix_dist.data.samples import INDEX_FILE
-from opmix_dist.data.shards import ShardedSplit
+from opmix_dist.data.shards import MAX_INDEX_BYTES, ShardedSplit
 from opmix_dist.data.store import BLOCK_BYTES, one_line
 from opmix_dist.data.survey import DIGEST_BYTES
 from opmix_dist.data.verify.report import DomainReport
@@ -66,7 +67,7 @@ def open_splits(local: Path, info: DomainInfo, report: DomainReport) -> dict[Spl
 def _check_indexes(local: Path, info: DomainInfo, report: DomainReport) -> None:
     state = hashlib.sha256()
     for split in SPLITS:
-        state.update((local / split / INDEX_FILE).read_bytes())
+        state.update(read_bounded(local / split / INDEX_FILE, MAX_INDEX_BYTES))
     if state.hexdigest() != info.content_sha256:
         report.fault(
             f"{local / DOMAIN_FILE}: content_sha256 is not that of the splits' {INDEX_FILE}: they are of "
@@ -164,5 +165,5 @@ def _open(path: str) -> Iterator[IO[bytes]]:
         with fsspec.open(path, "rb") as file:
             yield file
         return
-    with open(path, "rb") as file:
+    with open(open_ordinary(Path(path)), "rb") as file:
         yield file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from opmix_dist.bounded import open_ordinary
 from opmix_dist.data.store import BLOCK_BYTES, StoredFile, file_hash, one_line, size_of
 
 
@@ -33,7 +34,7 @@ def _decompress(stored: Path, raw: Path, most: int) -> None:
     import zstandard
 
     written = 0
-    with open(stored, "rb") as source, open(raw, "wb") as out:
+    with open(open_ordinary(stored), "rb") as source, open(raw, "wb") as out:
         reader = zstandard.ZstdDecompressor().stream_reader(source, read_across_frames=True)
         try:
             while block := reader.read(BLOCK_BYTES):
