@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
-from opmix_dist.process import lock_run
 from opmix_dist.exchange.rundir import RunDir, read_record, write_record
 from opmix_dist.exchange.schemas import MixtureRecord, Proposal, SearchRequest, SearchStage, SearchStatus
 from opmix_dist.process import lock_run
