@@ -55,6 +55,9 @@ evidence-small: setup ## the small benchmark that the documentation quotes
 .PHONY: evidence-lifecycle
 evidence-lifecycle: setup ## methods over the stages of configs/lifecycle-tiny.yaml, three seeds each; long, and goes on when stopped
 	$(BIN)/python -m benchmarks.lifecycle
+.PHONY: validate-small
+validate-small: setup ## is the simulation true? Real runs beside a pretraining and a midtraining search, tiny, on two cores
+	$(BIN)/python -m benchmarks.validate_small
 
 .PHONY: bench-data
 bench-data: setup ## loaders and ingest beside what others use; some 25 minutes on free cores

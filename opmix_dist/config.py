@@ -581,6 +581,7 @@ SEARCH_MAY_CHANGE = (
     "search.start_fraction",
     "search.method",
     "search.gradients",
+    "search.calibration",
     "search.candidates",
     "search.law",
     "search.refinement",

@@ -191,6 +191,11 @@ class SearchConfig(Section):
         description="what simulated models and probes compute with; auto: Triton kernels on a GPU that they "
         "are made for, else plain torch",
     )
+    calibration: str | None = Field(
+        None,
+        description="calibration.json of `opmix validate`: corrects simulated losses before laws and "
+        "decision see them; null: as simulated",
+    )
     probes: ProbeConfig = ProbeConfig()
     candidates: CandidateConfig = CandidateConfig()
     law: LawConfig = LawConfig()
@@ -205,6 +210,15 @@ class SearchConfig(Section):
             raise ValueError(
                 "search.metric tasks takes candidates in full and without gradients: set search.method to "
                 "law, search.gradients to false and search.candidates.early_stop to null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _corrects_what_it_compares(self) -> SearchConfig:
+        if self.calibration is not None and self.candidates.early_stop is not None:
+            raise ValueError(
+                "search.candidates.early_stop compares losses before search.calibration corrects them: set "
+                "one of the two"
             )
         return self
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from opmix_dist.config import ModelConfig, RunConfig, SharedConfig
 from opmix_dist.data.build import open_data
@@ -67,3 +67,10 @@ def open_domains(config: SharedConfig, domains: Sequence[str] | None = None) -> 
         new = new_domains(catalogue.names, history)
         given = {name: given for name in catalogue.names if name not in new}
     return catalogue.keeping(given, seed=derive_seed(config.seed, "replay"))
+
+
+def stage_seed(config: SharedConfig, history: Mapping[str, int], what: str) -> int:
+    """A run that goes on from another reads the domains that both have in another order, and starts from
+    other adapters."""
+    read = sum(history.values())
+    return derive_seed(config.seed, what, *([read] if read else []))

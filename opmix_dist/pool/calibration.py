@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from pydantic import model_validator
 
 from opmix_dist.errors import UserError
+from opmix_dist.exchange.rundir import read_record
 from opmix_dist.exchange.schemas import Finite, Name, Record
 from opmix_dist.pool.evaluations import Evaluations
 
@@ -85,3 +87,12 @@ class Calibration(Record):
             of_mixing = -2 * averaging[:, None] * candidates[:, None, :]  # [M, D, K]
             gradients = slope[:, None] * found.gradients + of_mixing
         return dataclasses.replace(found, sums=sums, gradients=gradients)
+
+
+def read_calibration(path: str | None, domains: Sequence[str]) -> Calibration | None:
+    """Of ``search.calibration``; UserError where it cannot be read or knows not all ``domains``."""
+    if path is None:
+        return None
+    found = read_record(Path(path), Calibration)
+    found.of(domains)
+    return found

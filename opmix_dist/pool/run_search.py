@@ -32,6 +32,7 @@ from opmix_dist.models.documents import require_documents_apart
 from opmix_dist.models.flops import count_flops
 from opmix_dist.models.loss import sample_loss_sums, uses_flash_attention
 from opmix_dist.models.sharding import plain_class
+from opmix_dist.pool.calibration import read_calibration
 from opmix_dist.pool.early_stop import LEAST_SEEN, EarlyStop
 from opmix_dist.pool.errors import AgreedError, BrokenTeamError, SearchError
 from opmix_dist.pool.evaluating import Evaluating
@@ -199,6 +200,7 @@ class _Search:
         # impossible shares are known before any probe is trained; the losses now are not
         unknown = np.ones(len(self.request.domains))
         require_feasible_shares(search_problem(self.request, settings.proposal, unknown))
+        self.calibration = read_calibration(settings.calibration, self.request.domains)
         self.catalogue = open_domains(self.config, self.request.domains)
         self.heldout = held_out_samples(
             self.config.data,
@@ -305,7 +307,7 @@ class _Search:
             try:
                 self.evaluating.open()
                 self.status.enter(SearchStage.EVALUATING, total=self._planned())
-                self.base = self._evaluate(np.zeros((1, len(self.request.components))))
+                self.base = self.evaluating.evaluate(np.zeros((1, len(self.request.components))))
                 self._search()
                 u = self._proposed()
                 points = (staying(self.request), staying(self.request, like=u), u)
@@ -421,8 +423,11 @@ class _Search:
     def _evaluate(
         self, U: np.ndarray, *, gradients: bool = False, stopping: EarlyStop | None = None
     ) -> Evaluations:
-        """Collective. Losses of all rows of U on every rank."""
-        return self.evaluating.evaluate(U, gradients=gradients, stopping=stopping)
+        """Collective. Losses of all rows of U on every rank, corrected where ``search.calibration`` says."""
+        found = self.evaluating.evaluate(U, gradients=gradients, stopping=stopping)
+        if self.calibration is None:
+            return found
+        return self.calibration.applied(found, U, self.base, self.request.domains)
 
     def _conclude(self, alone: Evaluations, stay: Evaluations, landed: Evaluations) -> None:
         """Error bars and decision; everything a reader needs is there before the status says so."""

@@ -28,7 +28,13 @@ from opmix_dist.engines.build import build_engine
 from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
 from opmix_dist.exchange.heldout import FILE as HELD_OUT
-from opmix_dist.exchange.history import history_of, open_domains, start_run, starting_model
+from opmix_dist.exchange.history import (
+    history_of,
+    open_domains,
+    stage_seed,
+    start_run,
+    starting_model,
+)
 from opmix_dist.exchange.opening import open_run
 from opmix_dist.exchange.rundir import RunDir, write_record
 from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, Stopped, Summary
@@ -301,8 +307,7 @@ class Job:
     def _seed_of(self, what: str) -> int:
         """A run that goes on from another reads the domains that both have in another order, and starts from
         other adapters."""
-        read = sum(self.history.values())
-        return derive_seed(self.config.seed, what, *([read] if read else []))
+        return stage_seed(self.config, self.history, what)
 
     def _watched(self) -> HeldOut | None:
         """Domains that are evaluated and not trained on."""

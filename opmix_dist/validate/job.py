@@ -19,10 +19,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from opmix_dist.config import SharedConfig
-from opmix_dist.data.build import held_out_samples, open_data
+from opmix_dist.data.build import held_out_samples
 from opmix_dist.distributed import PeerError, World
 from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
+from opmix_dist.exchange.history import open_domains
 from opmix_dist.exchange.rundir import RunDir, SearchDir, read_record, write_record
 from opmix_dist.exchange.schemas import PhaseCost, SearchRequest, SearchStage
 from opmix_dist.ledger import Ledger
@@ -128,7 +129,7 @@ class _Validating:
         config: SharedConfig = self.run_dir.any_config()
         request: SearchRequest = self.search.request()
         self.config, self.request, self.proposal = config, request, self.search.proposal()
-        self.catalogue = open_data(config.data, request.domains)
+        self.catalogue = open_domains(config, request.domains)
         self.heldout = held_out_samples(
             config.data,
             self.catalogue,

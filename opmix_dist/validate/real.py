@@ -25,6 +25,7 @@ from opmix_dist.engines.build import build_engine
 from opmix_dist.engines.fsdp import fill
 from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
+from opmix_dist.exchange.history import history_of, stage_seed
 from opmix_dist.exchange.rundir import RunDir, read_record, write_record
 from opmix_dist.models.source import ModelSource
 from opmix_dist.pool.errors import SearchError
@@ -210,8 +211,9 @@ class RealRuns:
     def _loader(self, task: Task) -> MixtureLoader:
         """The same order within each domain for all mixtures: what differs are the proportions."""
         data, state = self.config.data, self.recipe.state
-        seed = derive_seed(self.config.seed, "data")
-        if state is None:
+        if state is not None:
+            seed = stage_seed(self.config, history_of(self.config), "data")
+        else:
             seed = derive_seed(self.config.seed, "validation data", task.seed)
         loader = MixtureLoader(
             self.catalogue,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from torch.nn import functional as F
 from opmix_dist.cli import main
 from opmix_dist.config import RunConfig, check_config
 from opmix_dist.errors import UserError
-from opmix_dist.exchange.rundir import RunDir, read_record
+from opmix_dist.exchange.rundir import RunDir, read_record, write_record
 from opmix_dist.models.build import snapshot_source
 from opmix_dist.models.chunked_head import NO_TARGET
+from opmix_dist.pool.calibration import Calibration, read_calibration
+from opmix_dist.search_config import CandidateConfig, ProbeConfig, SearchConfig
+from opmix_dist.settings import fields
 from opmix_dist.train.job import run_job
 from opmix_dist.validate.comparing import divergence
 from opmix_dist.validate.config import ValidateConfig, load_validate_config
@@ -24,6 +28,7 @@ from opmix_dist.validate.job import validate
 from opmix_dist.validate.real import RealRuns
 from opmix_dist.validate.records import Validation, ValidationDir
 from opmix_dist.validate.simulators import ByFullParameters, own_model
+from tests.helpers import ROOT, torchrun
 from tests.pool.searches import alone
 from tests.train.jobs import tiny_config
 
@@ -206,6 +211,23 @@ def test_divergence_is_that_of_the_distributions_at_targets() -> None:
     assert torch.allclose(divergence(first, second, targets), expected, atol=1e-6)
 
 
+@pytest.mark.launch
+def test_ranks_find_what_one_finds(
+    searched: RunDir, finished: tuple[Validation, ValidationDir], tmp_path: Path
+) -> None:
+    """Two ranks that share the mixtures out, and two that train each of them together (FSDP)."""
+    torchrun(2, "tests.validate.ranks", str(searched.path), str(tmp_path))
+    one = finished[0]
+    for folder, digits in (("dealt", 1e-9), ("together", 1e-4)):
+        found = read_record(ValidationDir(tmp_path / folder).result_file, Validation)
+        assert [point.name for point in found.points] == [point.name for point in one.points]
+        for ours, theirs in zip(found.points, one.points, strict=True):
+            assert ours.real == pytest.approx(theirs.real, abs=digits)
+            for way in ("probes", "full"):
+                assert ours.simulated[way] == pytest.approx(theirs.simulated[way], abs=digits)
+                assert ours.divergence[way] == pytest.approx(theirs.divergence[way], abs=digits)
+
+
 def test_the_command_writes_a_page_that_loads_nothing(
     searched: RunDir, finished: tuple[Validation, ValidationDir], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -248,3 +270,39 @@ def test_what_a_run_lacks_is_said(searched: RunDir, tmp_path: Path) -> None:
         validate(searched, settings(tmp_path, real={"start": "checkpoint", "steps": 4}), world)
     with alone() as world, pytest.raises(UserError, match="ranks_per_model is 2: set it to 1"):
         validate(searched, settings(tmp_path, ranks_per_model=2), world)
+
+
+def test_a_search_goes_by_corrected_losses(searched: RunDir, tmp_path: Path, tiny_data: Path) -> None:
+    """A correction by which json's loss falls steeply, and prose's not at all, draws the proposal to json."""
+    zeros = dict.fromkeys(DOMAINS, 0.0)
+    rule = Calibration(method="affine", offset=zeros, slope={"json": 40.0, "prose": 0.0}, averaging=zeros)
+    write_record(tmp_path / "rule.json", rule)
+    settings = config(tiny_data, tmp_path / "run", "opmix").model_dump(
+        mode="json", include={"data", "search"}
+    )
+    settings |= {"run_dir": str(tmp_path / "run"), "model": {"checkpoint": str(searched.export)}}
+    proposals = []
+    for path in (None, str(tmp_path / "rule.json")):  # the second time all is evaluated already
+        settings["search"]["calibration"] = path
+        (tmp_path / "search.yaml").write_text(json.dumps(settings))
+        assert main(["search", str(tmp_path / "search.yaml")]) == 0
+        proposals.append(RunDir(tmp_path / "run").search("0001").proposal())
+    assert proposals[1].weights["json"] > proposals[0].weights["json"] + 0.05
+    assert proposals[1].snapshot == proposals[0].snapshot
+    assert proposals[1].simulated["prose"] == pytest.approx(proposals[1].snapshot["prose"])
+
+
+def test_a_correction_that_does_not_fit_the_search_is_refused(tmp_path: Path) -> None:
+    rule = Calibration(method="none", offset={"cpp": 0}, slope={"cpp": 1}, averaging={"cpp": 0})
+    write_record(tmp_path / "rule.json", rule)
+    with pytest.raises(UserError, match="search.calibration knows no domain json, only cpp"):
+        read_calibration(str(tmp_path / "rule.json"), DOMAINS)
+    with pytest.raises(ValueError, match="early_stop compares losses before search.calibration"):
+        SearchConfig(calibration="rule.json", candidates=CandidateConfig(early_stop=0.9))
+
+
+def test_the_shipped_settings_load_and_all_are_documented() -> None:
+    found = load_validate_config(ROOT / "configs" / "validate_gpu.yaml")
+    assert found.sweep["rank-64"].probes(ProbeConfig()).alpha == 128  # alpha / rank stays
+    assert found.sweep["lr-half"].probes(ProbeConfig()) == ProbeConfig(lr_multiplier=1.0)
+    assert [key for key, field in fields(ValidateConfig) if not field.description] == []
