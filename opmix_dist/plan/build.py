@@ -82,6 +82,11 @@ def make_plan(question: Question) -> Plan:
         raise UserError(
             f"pool.ranks {question.pool_ranks} leaves no trainer of {question.ranks} ranks: lower it"
         )
+    if config.model.lora is not None:
+        raise UserError(
+            "opmix plan knows the training of all parameters only: leave out model.lora, with which a run holds "
+            "less"
+        )
     check_ranks(config, question.trainers)
     engine_class(question.engine).check(config, question.trainers)
     model = source.build()

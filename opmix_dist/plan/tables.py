@@ -105,6 +105,7 @@ def _memory(question: Question, plan: Plan) -> Table:
         row("the trainers' own beside it", None, search.resident, search.resident)
     passes = () if search is None else (search.probes.passes, search.candidates.passes)
     row("activations and others", memory.activations_and_others, *passes)
+    row("of it kept for the backward pass", memory.kept)
     totals = (
         ()
         if search is None

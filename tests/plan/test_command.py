@@ -10,6 +10,9 @@ import pytest
 import yaml
 
 from opmix_dist.cli import main
+from opmix_dist.config import load_config
+from opmix_dist.models.flops import count_flops, parameter_counts
+from opmix_dist.plan.question import sizes_of_model
 from tests.helpers import ROOT
 from tests.pages import compare_shown, read_blocks, run_blocks
 from tests.plan.test_memory import run_config
@@ -147,6 +150,40 @@ def test_mistakes(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "give its size with --pool-nodes" in refused(capsys, config, *external)
     few = ("--gpu", "a100", "--engine.float8", "true", *size)
     assert "has no float8 products" in refused(capsys, config, *few)
+
+
+def test_the_arithmetic_of_the_page() -> None:
+    """Each number that the page works out, from the configuration that it names."""
+    config = load_config(ROOT / "configs" / "llama3_8b.yaml", [])
+    source, length, domains, ranks = sizes_of_model(config, None), 4096, 12, 64
+    flops = count_flops(source.build(), length, config.search.probes.rank)
+    counts, train, search = parameter_counts(source.hf_config), config.train, config.search
+    tokens = train.steps * train.global_batch_size * length
+    probe_tokens = (domains + 1) * search.probes.steps * search.probes.batch_size * length
+    candidates = 4 + search.candidates.count + search.refinement.count * search.refinement.rounds
+    held_out = domains * search.candidates.samples_per_domain
+    rate, total = 989.5e12 * 0.4, counts.total
+    worked_out = [
+        f"= {counts.blocks // 32:,}; 32 of them",
+        f"make {total:,}.",
+        f"{(flops.forward - flops.attention) / 2:,.0f}, and for attention",
+        f"{flops.attention:,.0f}: {flops.forward:,.0f} forward",
+        f"= {4 * total / ranks / 1e9:.2f} GB of parameters",
+        f"4 x 16,384 x 128,256 bytes = {4 * 4 * length * 128_256 / 1e9:.1f} GB",
+        f"= {tokens / 1e9:.2f} billion tokens x {flops.train() / 1e9:.2f} GFLOPs = "
+        f"{tokens * flops.train():.2e}".replace("e+", "e"),
+        f"{tokens * flops.train() / rate / ranks:,.0f} s = 2.5 days",
+        f"x 500 steps x 64 samples x 4096 = {probe_tokens / 1e9:.2f} billion tokens",
+        f"3 x {flops.lora_per_adapter / 1e9:.3f} (adapter",
+        f"= {flops.probe() / 1e9:.2f} GFLOPs",
+        f"{2 * (total - counts.embeddings) / 1e9:.1f} GB of bfloat16 copies",
+        f"{candidates} x {held_out} samples x 4096 = {candidates * held_out * length / 1e6:.1f} million",
+        f"12 bytes x 8.03 billion = {12 * total / 1e9:.1f} GB a checkpoint",
+        f"bfloat16 is {2 * total / 1e9:.1f} GB",
+    ]
+    page = " ".join((ROOT / "docs" / "plan.md").read_text().split())
+    for text in worked_out:
+        assert text in page
 
 
 @pytest.mark.launch  # takes a core for half a minute
