@@ -24,6 +24,7 @@ from opmix_dist.plan_command import add_plan_command
 from opmix_dist.process import end_process
 from opmix_dist.score_command import add_score_command
 from opmix_dist.search_command import add_search_command
+from opmix_dist.telling import tell
 from opmix_dist.top_command import add_top_command
 from opmix_dist.validate_command import add_validate_command
 from opmix_dist.what_if_command import add_what_if
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # All ranks usually meet the same mistake. Rank 0 tells it at once and the launcher then ends the
             # others; only a mistake that rank 0 does not meet gets told here.
             time.sleep(3.0)
-        print(f"opmix: {error}", file=sys.stderr, flush=True)
+        tell(f"opmix: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -238,7 +239,7 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     leads = os.environ.get("RANK", "0") == "0"
     if stopped is not None:
         if leads:
-            print(f"opmix: {config.run_dir} was {stopped.text}", file=sys.stderr)
+            tell(f"opmix: {config.run_dir} was {stopped.text}", sys.stderr)
         # torchrun would start ranks that fail again, or end the others while they still write; what
         # started torchrun reads RUN/stopped.json
         return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 128 + signal.Signals[stopped.signal]
@@ -253,9 +254,9 @@ def _write_report(run_dir: str) -> None:
     from opmix_dist.report.html import write_report
 
     try:
-        print(f"report: {write_report(RunDir(run_dir))}")
+        tell(f"report: {write_report(RunDir(run_dir))}")
     except (UserError, OSError) as error:
-        print(f"opmix: no report: {error}; `opmix report {run_dir}` tries again", file=sys.stderr)
+        tell(f"opmix: no report: {error}; `opmix report {run_dir}` tries again", sys.stderr)
 
 
 def _pool(arguments: argparse.Namespace, rest: list[str]) -> None:
@@ -273,12 +274,12 @@ def _report(arguments: argparse.Namespace, rest: list[str]) -> None:
     if len(runs) > 1:
         if arguments.baseline:
             raise UserError("--baseline is for one run: of several, name the baseline first")
-        print(write_comparison(runs, arguments.out or runs[0].path / COMPARISON_FILE))
+        tell(str(write_comparison(runs, arguments.out or runs[0].path / COMPARISON_FILE)))
         return
     if arguments.out:
         raise UserError("--out is for the comparison of several runs: one run's report lies in its folder")
     baseline = RunDir(arguments.baseline) if arguments.baseline else None
-    print(write_report(runs[0], baseline=baseline))
+    tell(str(write_report(runs[0], baseline=baseline)))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from opmix_dist.errors import UserError
+from opmix_dist.telling import tell
 
 if TYPE_CHECKING:
     from opmix_dist.exchange.rundir import RunDir
@@ -134,7 +135,7 @@ def _asking(command: Callable[..., int]) -> Callable[..., int]:
         try:
             return command(arguments, rest)
         except NoAnswerError as error:
-            print(f"opmix: could not ask SLURM: {error}", file=sys.stderr)
+            tell(f"opmix: could not ask SLURM: {error}", sys.stderr)
             return NO_ANSWER
 
     return run
@@ -226,7 +227,7 @@ def _slurm(arguments: argparse.Namespace, rest: list[str]) -> int:
         print(f"# submitted by: sbatch --parsable {start.home.script}")
         return 0
     job = start.submit()
-    print(f"job {job}: {start.home.path.parent}")
+    tell(f"job {job}: {start.home.path.parent}")
     return 0
 
 
@@ -247,9 +248,9 @@ def _status(arguments: argparse.Namespace, rest: list[str]) -> int:
         if arguments.json:
             print(json.dumps({"run": status.run, "no_answer": status.no_answer, **status.facts}))
             continue
-        print(status.run)
+        tell(status.run)
         for what, how in status.lines:
-            print(f"  {what:<12}{how}")
+            tell(f"  {what:<12}{how}")
     if any(status.no_answer for status in found):
         return NO_ANSWER
     return FAILED if any(status.failed for status in found) else 0
@@ -269,13 +270,13 @@ def _cancel(arguments: argparse.Namespace, rest: list[str]) -> int:
     job = launch.submissions[-1].job
     state = slurm.job_state(job)
     if not state.phase.is_active:
-        print(f"nothing to cancel: {state.text}")
+        tell(f"nothing to cancel: {state.text}")
         return 0
     for place in [launched, *(LaunchDir(RunDir(task)) for task in launch.runs)]:
         place.cancel()  # before SLURM acts: the job's script reads it when it decides about a requeue
     if state.phase is JobPhase.RUNNING and not arguments.now and not launch.runs:
         slurm.ask_to_stop(job)
-        print(f"job {job} saves and stops; `opmix status {run.path}` tells when it has")
+        tell(f"job {job} saves and stops; `opmix status {run.path}` tells when it has")
     else:
         slurm.cancel(job)
         print(f"job {job} is cancelled")
@@ -312,7 +313,7 @@ def _resume(arguments: argparse.Namespace, rest: list[str]) -> int:
     if launch.runs:
         raise UserError(f"{run.path} is an array of runs: resume those of {launch.runs[0]} ... that want it")
     if launch.options is not None:
-        print(f"job {resume_on_slurm(run, _slurm_options(arguments), rest)}: {run.path}")
+        tell(f"job {resume_on_slurm(run, _slurm_options(arguments), rest)}: {run.path}")
         return 0
     assert launch.local is not None
     ranks = arguments.ranks or launch.local.ranks

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from rich.console import Console
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 
 from opmix_dist.data.printable import printable
 
 
-def open_console() -> Console:
+class Terminal(Console):
+    """A console through which no text can drive the terminal: of what is drawn, only rich's own codes are sent
+    as they are, and square brackets are no markup."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"markup": False, "highlight": False, "emoji": False, **options})
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
+def open_console() -> Terminal:
     """Tables as wide as they need to be where nobody looks: a pipe has no width."""
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
+    console = Terminal()
+    return console if console.is_terminal else Terminal(width=200)
 
 
 def say(console: Console, line: str, style: str | None = None) -> None:

@@ -41,24 +41,24 @@ def _seconds(text: str) -> float:
 
 
 def _top(arguments: argparse.Namespace, rest: list[str]) -> None:
-    from rich.console import Console
     from rich.live import Live
 
     from opmix_dist.exchange.files import write_bytes
     from opmix_dist.exchange.rundir import RunDir
     from opmix_dist.observe.glance import glance
     from opmix_dist.observe.screen import Screen
+    from opmix_dist.terminal import Terminal
 
     run, screen = RunDir(arguments.run_dir), Screen()
     if arguments.svg is not None:
-        picture = Console(record=True, width=WIDTH, file=io.StringIO())
+        picture = Terminal(record=True, width=WIDTH, file=io.StringIO())
         picture.print(screen.draw(glance(run)))
         svg = picture.export_svg(title=f"opmix top {run.path.name}")
         write_bytes(arguments.svg, _WEB_FONT.sub("", svg).encode())
         return
-    console = Console()
+    console = Terminal()
     if not console.is_terminal:
-        console = Console(width=WIDTH)
+        console = Terminal(width=WIDTH)
     if arguments.once or not console.is_terminal:
         console.print(screen.draw(glance(run)))
         return

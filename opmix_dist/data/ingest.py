@@ -51,6 +51,7 @@ from opmix_dist.data.writing import DomainWriter, Form
 from opmix_dist.data.written import read_record
 from opmix_dist.errors import UserError
 from opmix_dist.faults.points import point
+from opmix_dist.terminal import Terminal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -74,7 +75,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> Catalogue:
             its splits, or a failed write; nothing half-written gets a domain's name.
     """
     root = Path(config.out).absolute()  # workers may be elsewhere
-    with exclusive(root), Report(console or Console(stderr=True)) as report:
+    with exclusive(root), Report(console or Terminal(stderr=True)) as report:
         grams = _read_grams(config, report)
         template = _read_template(config)
         files = {name: list(source.files()) for name, source in config.sources(None).items()}

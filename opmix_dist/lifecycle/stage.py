@@ -17,6 +17,7 @@ from opmix_dist.errors import UserError
 from opmix_dist.lifecycle.running import ENDED, REFUSED, STOPPED
 from opmix_dist.process import die_with_parent, end_process
 from opmix_dist.stopping import launch_is_told
+from opmix_dist.telling import tell
 from opmix_dist.train.job import run_job
 
 
@@ -28,7 +29,7 @@ def main(parent: int) -> int:
         stopped = run_job(config)
         in_pool = Placement.from_environment(config.pool.ranks).role is Role.POOL
     except UserError as error:
-        print(f"opmix: {error}", file=sys.stderr, flush=True)
+        tell(f"opmix: {error}", sys.stderr)
         return REFUSED
     if stopped is not None or (in_pool and launch_is_told(launch_store())):
         return STOPPED

@@ -6,12 +6,12 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
 from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, SearchStatus, TrainLine
+from opmix_dist.terminal import Terminal
 
 if TYPE_CHECKING:
     from opmix_dist.train.checkpoint import Checkpointer
@@ -72,7 +72,7 @@ class ProgressReporter(Callback):
 
     def __init__(self, interval_steps: int) -> None:
         self.interval_steps = interval_steps
-        self.console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160, highlight=False)
+        self.console = Terminal(width=None if sys.stdout.isatty() else 160)
         self.bar = Progress(
             TextColumn("train"),
             BarColumn(),

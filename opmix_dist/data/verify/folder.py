@@ -38,6 +38,7 @@ from opmix_dist.data.verify.shard import (
 )
 from opmix_dist.data.workers import Pool, Task
 from opmix_dist.errors import UserError
+from opmix_dist.terminal import Terminal
 
 SHORT_FINGERPRINT = 12
 
@@ -70,7 +71,7 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="opmix-verify-") as scratch:
         run = _Verification(root, store, Path(scratch))
         run.open(domains)
-        run.read_shards(workers, all_train, console or Console(stderr=True))
+        run.read_shards(workers, all_train, console or Terminal(stderr=True))
         run.check_side_files(all_train)
         return run.report
 
