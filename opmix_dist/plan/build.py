@@ -84,8 +84,8 @@ def make_plan(question: Question) -> Plan:
         )
     if config.model.lora is not None:
         raise UserError(
-            "opmix plan knows the training of all parameters only: leave out model.lora, with which a run holds "
-            "less"
+            "opmix plan knows the training of all parameters only: leave out model.lora, with which a run "
+            "holds less"
         )
     check_ranks(config, question.trainers)
     engine_class(question.engine).check(config, question.trainers)
