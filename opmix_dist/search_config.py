@@ -215,6 +215,8 @@ class SearchConfig(Section):
 
     @model_validator(mode="after")
     def _corrects_what_it_compares(self) -> SearchConfig:
+        if self.calibration is not None and self.metric == "tasks":
+            raise ValueError("search.calibration corrects losses: set it to null with search.metric tasks")
         if self.calibration is not None and self.candidates.early_stop is not None:
             raise ValueError(
                 "search.candidates.early_stop compares losses before search.calibration corrects them: set "

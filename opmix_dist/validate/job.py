@@ -129,6 +129,10 @@ class _Validating:
         config: SharedConfig = self.run_dir.any_config()
         request: SearchRequest = self.search.request()
         self.config, self.request, self.proposal = config, request, self.search.proposal()
+        if config.search.metric != "loss":
+            raise UserError(
+                "validation compares losses, and this search compared error rates (search.metric)"
+            )
         self.catalogue = open_domains(config, request.domains)
         self.heldout = held_out_samples(
             config.data,

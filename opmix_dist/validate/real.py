@@ -114,8 +114,10 @@ def recipe_for(
 
 
 def _as_run(config: SharedConfig, train: TrainConfig) -> RunConfig:
+    """Of full parameters, also where the run itself trains adapters."""
     if isinstance(config, RunConfig):
-        return config.model_copy(update={"train": train})
+        model = config.model.model_copy(update={"lora": None})
+        return config.model_copy(update={"train": train, "model": model})
     shared = {name: getattr(config, name) for name in SharedConfig.model_fields if name != "pool"}
     return RunConfig(**shared, train=train)
 
@@ -129,6 +131,9 @@ def _continued(
             f"real.start checkpoint needs {folder}, which is not there: set checkpoint.keep_every_steps in "
             "the run so that it stays, or real.start to snapshot"
         )
+    if config.model.lora is not None:
+        raise UserError("real.start checkpoint goes on with all parameters, and the run trains adapters "
+                        "(model.lora): set real.start to snapshot")  # fmt: skip
     state = read_record(folder / STATE_FILE, TrainerState)
     state.join(config.data.domains or state.weights)
     train = config.train

@@ -299,6 +299,8 @@ def test_a_correction_that_does_not_fit_the_search_is_refused(tmp_path: Path) ->
         read_calibration(str(tmp_path / "rule.json"), DOMAINS)
     with pytest.raises(ValueError, match="early_stop compares losses before search.calibration"):
         SearchConfig(calibration="rule.json", candidates=CandidateConfig(early_stop=0.9))
+    with pytest.raises(ValueError, match="search.calibration corrects losses"):
+        SearchConfig(calibration="rule.json", metric="tasks")
 
 
 def test_the_shipped_settings_load_and_all_are_documented() -> None:
