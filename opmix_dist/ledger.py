@@ -8,6 +8,9 @@ from contextlib import contextmanager
 
 from opmix_dist.exchange.schemas import PhaseCost
 
+LEFT_OUT = "left-out batches"
+"""Phase of what was read, and perhaps computed, for batches that the parameters know nothing of."""
+
 
 class Ledger:
     """Adds up costs by phase. ``num_ranks`` devices are busy, or waiting, while a phase is timed."""
@@ -46,6 +49,20 @@ class Ledger:
             cost.possible_flops += seconds * self.num_ranks * self.peak_flops
         cost.flops += flops
         cost.tokens += tokens
+
+    def move(self, phase: str, to: str, *, since: PhaseCost | None) -> None:
+        """What ``phase`` has cost since its cost was ``since`` (None: nothing) was spent on ``to``."""
+        whole, kept = self.costs.get(phase), since or PhaseCost(possible_flops=0.0)
+        if whole is None:
+            return
+        there = self.costs.setdefault(to, PhaseCost(possible_flops=0.0))
+        self.costs[phase] = kept.model_copy()
+        for name in ("seconds", "device_seconds", "flops", "tokens"):
+            setattr(there, name, getattr(there, name) + getattr(whole, name) - getattr(kept, name))
+        if whole.possible_flops is None or kept.possible_flops is None or there.possible_flops is None:
+            there.possible_flops = None
+        else:
+            there.possible_flops += whole.possible_flops - kept.possible_flops
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 
+from opmix_dist.data.printable import first_words
 from opmix_dist.exchange.schemas import SearchStage
 from opmix_dist.observe.glance import Glance, SearchGlance
 from opmix_dist.observe.phrases import duration
@@ -22,10 +23,13 @@ def concerns(seen: Glance) -> list[str]:
     found = [*_of_the_job(seen)] if seen.summary is None else []
     for search in seen.searches:
         found += _of_search(seen, search)
-    return [*found, *_of_numbers(seen), *_of_checkpoints(seen), *seen.problems]
+    return [*found, *_of_numbers(seen), *_of_bad_steps(seen), *_of_checkpoints(seen), *seen.problems]
 
 
 def _of_the_job(seen: Glance) -> Iterator[str]:
+    if seen.stacks:
+        times = f"{len(seen.stacks)} times" if len(seen.stacks) > 1 else "once"
+        yield f"a rank hung and ended itself {times}; where it hung: hangs/{seen.stacks[-1]}"
     if seen.stopped is not None:
         yield seen.stopped.text
         return
@@ -90,6 +94,20 @@ def _of_numbers(seen: Glance) -> Iterator[str]:
     wrong = [line.step for line in seen.lines if not math.isfinite(line.loss + line.grad_norm)]
     if wrong:
         yield f"loss or gradient norm not finite in {len(wrong)} recent step(s), last in step {wrong[-1]}"
+
+
+def _of_bad_steps(seen: Glance) -> Iterator[str]:
+    """The last one, as long as it is among the steps that are shown, or nothing followed it."""
+    if not seen.bad_steps:
+        return
+    last = seen.bad_steps[-1]
+    if not seen.lines or last.step >= seen.lines[0].step - 1:
+        what = {
+            "stop": "the run stopped",
+            "skip": "its batch was left out",
+            "rollback": f"the run went back to step {last.checkpoint}",
+        }[last.action]
+        yield f"step {last.step + 1} was bad: {first_words(last.reason, 200)}: {what}"
 
 
 def _of_checkpoints(seen: Glance) -> Iterator[str]:

@@ -8,6 +8,7 @@ times, whose clock may not be this machine's.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import RunDir, SearchDir
 from opmix_dist.exchange.schemas import (
+    BadStep,
     EvalLine,
     MixtureRecord,
     SearchRequest,
@@ -31,10 +33,13 @@ from opmix_dist.exchange.schemas import (
     Stopped,
     Summary,
 )
-from opmix_dist.observe.tail import M, tail_of_jsonl
+from opmix_dist.observe.tail import MAX_TAIL_BYTES, M, tail_of_jsonl
 
 T = TypeVar("T")
 MAX_LOCK_BYTES = 200
+MAX_EVENT_BYTES = 4 << 20
+"""Of the newest bad steps; of older ones it is only known that there are more."""
+_STACKS = re.compile(r"(trainer|pool)_\d{1,6}_\d{8}T\d{6}Z\.txt")
 
 
 class StepLine(BaseModel):
@@ -95,6 +100,12 @@ class Glance:
     searches: list[SearchGlance] = field(default_factory=list)
     checkpoint: Mark | None = None
     damaged_checkpoints: list[int] = field(default_factory=list)
+    bad_steps: list[BadStep] = field(default_factory=list)
+    """In the order in which they were met."""
+    more_bad_steps: bool = False
+    """There were others before them."""
+    stacks: list[str] = field(default_factory=list)
+    """Names of the files that ranks left which hung, oldest first."""
     holder: str = ""
     """The process that holds the run directory, or held it last: ``pid 12 on host``."""
     stopped: Stopped | None = None
@@ -139,6 +150,9 @@ def glance(run: RunDir) -> Glance:
     seen.searches = [_search(search, seen.mixtures, look) for search in look(run.search_dirs) or []]
     seen.checkpoint = look(lambda: _checkpoint(run))
     seen.damaged_checkpoints = look(run.damaged_checkpoints) or []
+    seen.bad_steps = _tail(run.events_file, BadStep, look, MAX_EVENT_BYTES)
+    seen.more_bad_steps = bool(seen.bad_steps) and run.events_file.stat().st_size > MAX_EVENT_BYTES
+    seen.stacks = look(lambda: _stacks(run)) or []
     seen.holder = look(lambda: _holder(run)) or ""
     seen.stopped = look(run.stopped)
     seen.summary = look(run.summary) if run.summary_file.exists() else None
@@ -162,8 +176,8 @@ class _Look:
             return None
 
 
-def _tail(path: Path, kind: type[M], look: _Look) -> list[M]:
-    rows, invalid = look(lambda: tail_of_jsonl(path, kind)) or ([], 0)
+def _tail(path: Path, kind: type[M], look: _Look, max_bytes: int = MAX_TAIL_BYTES) -> list[M]:
+    rows, invalid = look(lambda: tail_of_jsonl(path, kind, max_bytes)) or ([], 0)
     if invalid:
         look.problems.append(f"{path}: {invalid} of the last lines are not valid")
     return rows
@@ -189,6 +203,13 @@ def _checkpoint(run: RunDir) -> Mark | None:
         return None
     at = _written_at(run.checkpoint(step) / files.COMPLETE)
     return Mark(step, at) if at is not None else None  # removed while we looked
+
+
+def _stacks(run: RunDir) -> list[str]:
+    if not run.hangs.is_dir():
+        return []
+    names = [path.name for path in run.hangs.iterdir() if _STACKS.fullmatch(path.name)]
+    return sorted(names, key=lambda name: name.rpartition("_")[2])
 
 
 def _holder(run: RunDir) -> str:

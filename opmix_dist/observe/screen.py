@@ -165,6 +165,13 @@ def _times(seen: Glance) -> Iterator[tuple[str, str]]:
         yield "checkpoint", "none yet"
     else:
         yield "checkpoint", f"step {seen.checkpoint.step:,}, {duration(seen.now - seen.checkpoint.at)} ago"
+    if seen.bad_steps:
+        last = seen.bad_steps[-1]
+        count = f"{len(seen.bad_steps):,}{' and more' if seen.more_bad_steps else ''}"
+        yield (
+            "bad steps",
+            f"{count}, last step {last.step + 1:,} (batch {last.batch:,}): {last.kind}, {last.action}",
+        )
     if seen.training is not None:
         pool = seen.training.pool
         where = (

@@ -11,6 +11,7 @@ from opmix_dist.config import SearchRunConfig
 from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.report import charts, page, tables, words
+from opmix_dist.report.bad_steps_section import bad_steps_section
 from opmix_dist.report.page import Html
 from opmix_dist.report.reading import RunView, read_run
 from opmix_dist.report.search_section import search_section
@@ -61,6 +62,7 @@ class _Report:
                 self.compute(),
                 self.training(),
                 speed_section(self.views, self.figures),
+                *bad_steps_section(self.run.bad_steps),
                 self.configuration(),
             ]
         return page.render(self.run.name, self.lead(), parts, self.figures)

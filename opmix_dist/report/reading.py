@@ -22,6 +22,7 @@ from opmix_dist.config import RunConfig, SearchRunConfig
 from opmix_dist.errors import UserError
 from opmix_dist.exchange.rundir import RunDir, SearchDir, read_records
 from opmix_dist.exchange.schemas import (
+    BadStep,
     EvalLine,
     Fit,
     MixtureRecord,
@@ -115,6 +116,8 @@ class RunView:
     evals: list[EvalLine]
     summary: Summary | None
     searches: list[SearchView]
+    bad_steps: list[BadStep] = field(default_factory=list)
+    """In the order in which they were met."""
 
     @property
     def domains(self) -> list[str]:
@@ -170,6 +173,7 @@ def read_run(run: RunDir) -> RunView:
         evals=run.eval_lines(),
         summary=run.summary() if run.summary_file.exists() else None,
         searches=[read_search(search) for search in run.search_dirs()],
+        bad_steps=run.bad_steps(),
     )
 
 

@@ -22,7 +22,7 @@ from opmix_dist.exchange.heldout import HeldOutLosses, SampleLosses, sample_loss
 from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, TrainLine
 from opmix_dist.faults.points import point
-from opmix_dist.ledger import Ledger
+from opmix_dist.ledger import LEFT_OUT, Ledger
 from opmix_dist.methods.base import Method
 from opmix_dist.models.loss import DomainLosses, losses_by_domain
 from opmix_dist.seeds import derive_seed
@@ -172,7 +172,7 @@ class Trainer:
         if loaded.number in self.bad_steps.left_out:
             targets = loaded.batch.targets
             nothing = self._by_domain(loaded, torch.zeros(len(targets)).double(), targets)
-            self._count_tokens(self.world.sum(nothing))
+            self._leave_out(self._count_tokens(self.world.sum(nothing)), flops_per_token=0.0)
             self.bad_steps.note_left_out()
             return None
         microbatches = loaded.batch.split(self.config.train.micro_batch_size)
@@ -200,7 +200,7 @@ class Trainer:
         """
         self.world.enter("bad step", self.state.step)
         sums = self.world.sum(self._by_domain(loaded, error.losses, error.targets))
-        self._count_tokens(sums)
+        self._leave_out(self._count_tokens(sums), flops_per_token=self.engine.train_flops)
         self.state.loader = self.loader.state_dict()
         checkpoint = None
         if self.config.train.on_bad_step == "rollback":
@@ -222,10 +222,17 @@ class Trainer:
 
     def _go_back(self, step: int) -> None:
         """Collective. To a checkpoint; where the data go on, the boundary of its step tells."""
-        self.state = self.checkpointer.load(self.engine, step)
+        with self.ledger.timed("checkpoints"):
+            self.state = self.checkpointer.load(self.engine, step)
+        self.ledger.move("train", LEFT_OUT, since=self.state.costs.get("train"))
         self.state.join(self.catalogue.names)
         self._place_loader(self.state.loader)
         self._last_evaluation = self._entered = None
+
+    def _leave_out(self, tokens: int, *, flops_per_token: float) -> None:
+        """What a batch has cost that changes nothing."""
+        seconds = self._throughput.lap()
+        self.ledger.add(LEFT_OUT, seconds=seconds, flops=tokens * flops_per_token, tokens=tokens)
 
     def _by_domain(self, loaded: LoadedBatch, losses: Tensor, targets: Tensor) -> Tensor:
         """Losses, targets and samples of each domain, [3, D] float64: what this rank has to a sum over all

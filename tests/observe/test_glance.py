@@ -17,7 +17,7 @@ from opmix_dist.cli import main
 from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import RunDir, SearchDir, write_record
-from opmix_dist.exchange.schemas import PhaseCost, SearchStage, SearchStatus, Stopped
+from opmix_dist.exchange.schemas import BadStep, PhaseCost, SearchStage, SearchStatus, Stopped
 from opmix_dist.observe.concerns import concerns
 from opmix_dist.observe.glance import Glance, glance
 from opmix_dist.observe.screen import Screen
@@ -283,3 +283,43 @@ def test_a_run_is_watched_in_a_terminal_until_it_ends(writer: RunWriter) -> None
     finally:
         watcher.kill()
         os.close(ours)
+
+
+def bad(step: int, action: str, **more: object) -> BadStep:
+    return BadStep(
+        kind="nan", action=action, step=step, batch=step + 2, reason="the gradient norm is nan", at="2026",
+        domain_loss={"web": 2.5, "code": None}, **more,
+    )  # fmt: skip
+
+
+def test_bad_steps_are_counted_and_the_last_one_is_told_while_it_is_recent(writer: RunWriter) -> None:
+    for met in (
+        bad(3, "skip"),
+        bad(59, "rollback", checkpoint=50, loader={}, domain_tokens={"web": 1}),
+    ):
+        files.append_jsonl(writer.run.events_file, met.model_dump(mode="json"))
+    seen = glance(writer.run)
+    assert "2, last step 60 (batch 61): nan, rollback" in shown(seen)
+    assert "step 60 was bad: the gradient norm is nan: the run went back to step 50" in concerns(seen)
+    seen.lines = [line.model_copy(update={"step": line.step + 100}) for line in seen.lines]
+    assert not any("was bad" in text for text in concerns(seen))
+    assert "2, last step 60" in shown(seen)
+
+
+def test_only_the_newest_of_very_many_bad_steps_are_read(
+    writer: RunWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opmix_dist.observe.glance.MAX_EVENT_BYTES", 1000)
+    for step in range(20):
+        files.append_jsonl(writer.run.events_file, bad(step, "skip").model_dump(mode="json"))
+    seen = glance(writer.run)
+    assert 0 < len(seen.bad_steps) < 20
+    assert f"{len(seen.bad_steps)} and more, last step 20" in shown(seen)
+
+
+def test_a_rank_that_hung_is_told_with_the_file_of_its_stacks(writer: RunWriter) -> None:
+    writer.run.hangs.mkdir()
+    for name in ("trainer_0_20260102T000000Z.txt", "trainer_11_20260101T000000Z.txt", "\x1b[2J.txt"):
+        (writer.run.hangs / name).touch()
+    said = concerns(glance(writer.run))
+    assert "a rank hung and ended itself 2 times; where it hung: hangs/trainer_0_20260102T000000Z.txt" in said

@@ -14,6 +14,7 @@ from opmix_dist.errors import UserError
 from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.faults import points
 from opmix_dist.faults.injector import InjectedError
+from opmix_dist.ledger import LEFT_OUT
 from opmix_dist.train.job import run_job
 from tests.conftest import DOMAINS
 from tests.train.jobs import BATCH, LENGTH, STEPS, curve, tiny_config
@@ -73,6 +74,11 @@ def test_a_bad_batch_is_left_out_and_a_resume_leaves_it_out_though_it_is_good_no
     assert all(loss > 1 for loss in met.domain_loss.values())
     assert [line.step for line in whole.run.train_lines()] == list(range(1, STEPS + 1))
     assert whole.batches_read() == STEPS + 1
+    costs = whole.run.summary().costs
+    assert costs[LEFT_OUT].tokens == BATCH * LENGTH
+    assert costs["train"].tokens == STEPS * BATCH * LENGTH
+    assert costs[LEFT_OUT].flops == pytest.approx(costs["train"].flops / STEPS), "it was computed"
+    assert costs[LEFT_OUT].seconds > 0
 
     again = Case(tiny_data, tmp_path / "again", monkeypatch, on_bad_step="skip")
     again.config["checkpoint"]["interval_steps"] = 0  # from the very beginning
@@ -84,6 +90,8 @@ def test_a_bad_batch_is_left_out_and_a_resume_leaves_it_out_though_it_is_good_no
     assert len(again.run.bad_steps()) == 1
     assert curve(again.run) == curve(whole.run)
     assert again.run.summary().domain_tokens == whole.run.summary().domain_tokens
+    costs = again.run.summary().costs
+    assert (costs[LEFT_OUT].tokens, costs[LEFT_OUT].flops) == (BATCH * LENGTH, 0), "it was only read"
 
     good = Case(tiny_data, tmp_path / "good", monkeypatch)
     good.plan()
@@ -103,6 +111,10 @@ def test_a_rollback_goes_on_behind_the_bad_batch_and_a_resume_follows_it(
     assert (met.action, met.step, met.batch, met.checkpoint) == ("rollback", 8, 8, 6)
     assert sum(met.domain_tokens.values()) == 9 * BATCH * LENGTH, "with the bad batch"
     assert whole.batches_read() == STEPS + 3, "batches 6, 7 and 8 are left out"
+    costs = whole.run.summary().costs
+    assert costs[LEFT_OUT].tokens == 3 * BATCH * LENGTH
+    assert costs["train"].tokens == STEPS * BATCH * LENGTH
+    assert costs[LEFT_OUT].flops == pytest.approx(costs["train"].flops * 3 / STEPS)
 
     again = Case(tiny_data, tmp_path / "again", monkeypatch, on_bad_step="rollback")
     again.plan(nan(8), error("checkpoint.begin", 9))
