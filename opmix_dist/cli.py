@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opmix_dist import __version__
+from opmix_dist.checkpoints_command import add_checkpoints_command
 from opmix_dist.compare_command import add_compare_command
 from opmix_dist.convert_command import add_convert_command
 from opmix_dist.data_commands import add_data_commands
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_launch_commands(commands)
     add_top_command(commands)
+    add_checkpoints_command(commands)
     add_search_command(commands)
     add_score_command(commands)
     add_fit_command(commands)

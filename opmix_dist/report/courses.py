@@ -21,8 +21,7 @@ from opmix_dist.exchange.scores import FILE as SCORES
 from opmix_dist.exchange.scores import Scores
 from opmix_dist.report.compute import add_up
 from opmix_dist.report.transfer import Matrix
-from opmix_dist.train.checkpoint import STATE_FILE
-from opmix_dist.train.state import TrainerState
+from opmix_dist.train.state import STATE_FILE, TrainerState
 
 LOSS, ERROR = "loss, nats per token", "task error rate"
 END = "end"

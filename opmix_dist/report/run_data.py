@@ -16,8 +16,7 @@ from opmix_dist.data.shards import ShardedSplit
 from opmix_dist.errors import UserError
 from opmix_dist.exchange.rundir import RunDir, read_record
 from opmix_dist.seeds import derive_seed
-from opmix_dist.train.checkpoint import STATE_FILE
-from opmix_dist.train.state import TrainerState
+from opmix_dist.train.state import STATE_FILE, TrainerState
 
 
 @dataclass(frozen=True)

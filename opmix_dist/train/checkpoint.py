@@ -35,10 +35,9 @@ from opmix_dist.exchange.manifest import CheckpointMarker, damage
 from opmix_dist.exchange.rundir import RunDir, read_record, write_record
 from opmix_dist.faults.points import point
 from opmix_dist.train.checkpoint_storage import HashingWriter, SafePlanner, SafeReader
-from opmix_dist.train.state import TrainerState
+from opmix_dist.train.state import STATE_FILE, TrainerState
 
 log = logging.getLogger(__name__)
-STATE_FILE = "trainer.json"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,9 @@ from pydantic import Field
 
 from opmix_dist.exchange.schemas import Mixture, PhaseCost, Record
 
+STATE_FILE = "trainer.json"
+"""In the folder of a checkpoint."""
+
 
 class TrainerState(Record):
     step: int = Field(0, ge=0)

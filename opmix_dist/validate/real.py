@@ -30,11 +30,10 @@ from opmix_dist.exchange.rundir import RunDir, read_record, write_record
 from opmix_dist.models.source import ModelSource
 from opmix_dist.pool.errors import SearchError
 from opmix_dist.seeds import derive_seed
-from opmix_dist.train.checkpoint import STATE_FILE
 from opmix_dist.train.checkpoint_storage import SafePlanner, SafeReader
 from opmix_dist.train.model_writer import ModelWriter
 from opmix_dist.train.schedule import learning_rate
-from opmix_dist.train.state import TrainerState
+from opmix_dist.train.state import STATE_FILE, TrainerState
 from opmix_dist.validate.config import RealConfig
 from opmix_dist.validate.records import RealRun, ValidationDir, digest
 
