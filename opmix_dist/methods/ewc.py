@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from opmix_dist.data.batch import TokenBatch
+from opmix_dist.engines.base import BatchLoss
 from opmix_dist.errors import UserError
 from opmix_dist.methods.base import MethodAround
 from opmix_dist.methods.importance import ImportanceMethod
@@ -46,19 +47,17 @@ class EWC(ImportanceMethod):
 
     def measure(self, samples: TokenBatch) -> dict[str, Tensor]:
         found = {name: torch.zeros_like(part) for name, part in self.engine.parts().items()}
-        for row in range(len(samples)):
-            for name, slope in self._slopes(samples[row : row + 1], row).items():
+        for slopes in self.slopes(samples, self._loss):
+            for name, slope in slopes.items():
                 found[name].addcmul_(slope, slope)
-        self.book(len(samples))
         total = int(samples.targets.sum())
         return {name: squares / total for name, squares in found.items()}
 
-    def _slopes(self, sample: TokenBatch, row: int) -> dict[str, Tensor]:
-        """Of minus the log-likelihood; every replica computes the same sample, hence the division."""
-        loss = None
-        if self.config.fisher == "sampled":
-            loss = partial(sampled_losses, seed=derive_seed(self.around.config.seed, "fisher", row))
-        return self.engine.gradient([sample], total=self.engine.replica.size, loss=loss)
+    def _loss(self, row: int) -> BatchLoss | None:
+        """Minus the log-likelihood of the labels of a sample."""
+        if self.config.fisher == "empirical":
+            return None
+        return partial(sampled_losses, seed=derive_seed(self.around.config.seed, "fisher", row))
 
 
 def sampled_losses(model: nn.Module, batch: TokenBatch, *, seed: int) -> Tensor:

@@ -46,10 +46,12 @@ class GEM(Method):
         self.memory = old_samples(self.around, self.domains, self.config.samples_per_domain)
 
     def prepare(self, step: int, microbatches: Sequence[TokenBatch]) -> StepWork:
+        self.around.world.enter(PHASE, step)
         with self.around.ledger.timed(PHASE):
             self._gradients = [self._gradient(name, step) for name in self.domains]
             if self.config.projection == "a_gem":
                 self._gradients = [mean_of(self._gradients)]
+        self.around.world.enter("training", step)
         return StepWork(microbatches, adjust=self._project)
 
     def numbers(self) -> dict[str, float]:

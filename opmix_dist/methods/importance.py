@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from opmix_dist.data.batch import TokenBatch
+from opmix_dist.engines.base import BatchLoss
 from opmix_dist.engines.single import SingleEngine
 from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
@@ -69,7 +70,6 @@ class ImportanceMethod(Method):
                     f"{folder} is missing, which the run's start has measured: restore it, or start anew in "
                     "another run_dir"
                 )
-            world.enter("importance", step)
             self._measure_all()
         parts = read_parts(folder, self.engine)
         self.importance, self.anchor = parts["importance"], parts["anchor"]
@@ -153,8 +153,17 @@ class ImportanceMethod(Method):
             found.add_(before["importance"][name], alpha=self.decay)
         return {"importance": fresh, "anchor": anchor}
 
-    def book(self, samples: int) -> None:
-        """Forward and backward passes on samples that all replicas computed, which a gradient of each by
-        itself asks for."""
-        tokens = samples * self.around.catalogue.sequence_length * self.engine.replica.size
-        self.around.ledger.add(PHASE, flops=tokens * self.engine.train_flops, tokens=tokens)
+    def slopes(
+        self, samples: TokenBatch, loss: Callable[[int], BatchLoss | None]
+    ) -> Iterator[dict[str, Tensor]]:
+        """Collective. The gradient of each sample by itself, for which all replicas compute the same samples.
+
+        Args:
+            loss: of each row; None: cross-entropy.
+        """
+        around, replicas = self.around, self.engine.replica.size
+        for row in range(len(samples)):
+            around.world.enter(PHASE, row)
+            yield self.engine.gradient([samples[row : row + 1]], total=replicas, loss=loss(row))
+        tokens = len(samples) * around.catalogue.sequence_length * replicas
+        around.ledger.add(PHASE, flops=tokens * self.engine.train_flops, tokens=tokens)

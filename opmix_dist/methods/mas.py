@@ -35,12 +35,9 @@ class MAS(ImportanceMethod):
 
     def measure(self, samples: TokenBatch) -> dict[str, Tensor]:
         found = {name: torch.zeros_like(part) for name, part in self.engine.parts().items()}
-        for row in range(len(samples)):
-            sample, replicas = samples[row : row + 1], self.engine.replica.size
-            slopes = self.engine.gradient([sample], total=replicas, loss=squared_norms)
+        for slopes in self.slopes(samples, lambda row: squared_norms):
             for name, slope in slopes.items():
                 found[name].add_(slope.abs())
-        self.book(len(samples))
         return {name: total / len(samples) for name, total in found.items()}
 
 

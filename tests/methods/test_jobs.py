@@ -167,3 +167,30 @@ def test_adapters_keep_no_moments_of_other_runs(tiny_data: Path, tmp_path: Path,
         UserError, match=r"model\.lora trains fresh adapters, .* set start\.optimizer to fresh"
     ):
         run(given)
+
+
+def test_a_search_while_adapters_train(tiny_data: Path, tmp_path: Path, first: RunDir) -> None:
+    """It starts from the merged model, and the adapters train on with what it proposes."""
+    given = job(
+        tiny_data,
+        tmp_path / "run",
+        start={"run": str(first.path)},
+        model={"lora": {"rank": 4}},
+        mixture={"policy": "opmix"},
+        search={
+            "start_fraction": 0.5,
+            "probes": {"steps": 2, "batch_size": 2, "rank": 2},
+            "candidates": {"count": 4, "samples_per_domain": 2},
+            "refinement": {"rounds": 0},
+            "proposal": {"bootstrap": 0, "no_move": False},
+        },
+    )
+    found = run(given)
+    (record,) = [one for one in found.mixtures() if one.search]
+    assert record.changed, record.why
+    snapshot = load_file(found.snapshot(2) / "model-00001-of-00001.safetensors")
+    before, after = weights(first), weights(found)
+    assert snapshot.keys() == before.keys()
+    moved = [name for name in snapshot if not torch.equal(snapshot[name], before[name])]
+    assert moved == [name for name in snapshot if not torch.equal(snapshot[name], after[name])]
+    assert len(moved) == 2 * 7
