@@ -20,13 +20,9 @@ from opmix_dist.errors import UserError
 from opmix_dist.settings import changed_settings, fields, to_yaml
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-<<<<<<< HEAD
-# tests/fit and tests/lifecycle load theirs, the search alone is below
-CONFIGS = [path for path in CONFIGS if path.name not in ("fit.yaml", "search.yaml", "lifecycle-tiny.yaml")]
-=======
-# tests/fit and tests/validate load theirs, the search alone is below
-CONFIGS = [path for path in CONFIGS if path.name not in ("fit.yaml", "search.yaml", "validate_gpu.yaml")]
->>>>>>> f4ca267 (A search can go by losses that real runs have corrected; validation over several ranks, and settings for GPUs)
+# tests/fit, tests/lifecycle and tests/validate load theirs, the search alone is below
+OTHERS = ("fit.yaml", "search.yaml", "lifecycle-tiny.yaml", "validate_gpu.yaml")
+CONFIGS = [path for path in CONFIGS if path.name not in OTHERS]
 DEMO = Path(__file__).parent.parent / "configs" / "demo.yaml"
 
 
