@@ -112,9 +112,11 @@ class Lifecycle:
         except BrokenPipeError:  # it died already, which its code tells
             log.debug("the process of stage %s did not read its configuration", stage.name)
         try:
-            return child.wait()
+            code = child.wait()
         finally:
             self._child = None
+        # a rank of the pool ends well and at once when it is asked to
+        return STOPPED if code == ENDED and self.received and not stage.has_ended else code
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         self.received = number
