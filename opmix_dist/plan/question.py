@@ -12,6 +12,7 @@ from opmix_dist.data.build import open_data
 from opmix_dist.data.remote import is_url
 from opmix_dist.distributed import Placement, Role
 from opmix_dist.errors import UserError
+from opmix_dist.exchange.history import starting_model
 from opmix_dist.models.build import open_source
 from opmix_dist.models.long_context import with_context
 from opmix_dist.models.source import ModelSource
@@ -118,7 +119,7 @@ def sizes_of_model(config: RunConfig, vocab_size: int | None) -> ModelSource:
     Raises:
         UserError: the configuration cannot be read, or nothing tells the vocabulary's size.
     """
-    settings = config.model
+    settings = starting_model(config)
     attention = "sdpa" if settings.attention in AS_SDPA else settings.attention
     if settings.checkpoint is not None:
         try:
