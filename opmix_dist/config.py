@@ -290,6 +290,9 @@ class TrainConfig(Section):
     spike_deviations: float | None = Field(
         None, gt=0, description="a loss is a spike so many standard deviations above the mean; null: none is"
     )
+    grad_norm_deviations: float | None = Field(
+        None, gt=0, description="the same for the gradient's norm before it is clipped; null: none is"
+    )
     spike_window: int = Field(128, ge=2, description="steps before it that mean and deviation are taken of")
 
     @model_validator(mode="after")
@@ -567,6 +570,7 @@ RESUME_MAY_CHANGE = (
     "train.on_bad_step",
     "train.max_bad_steps",
     "train.spike_deviations",
+    "train.grad_norm_deviations",
     "train.spike_window",
     "search.kernels",  # what was evaluated otherwise is not used; probes that are trained stay
 )

@@ -58,6 +58,10 @@ class LossSpikeError(BadStepError):
     """The loss is above the limit."""
 
 
+class GradientSpikeError(BadStepError):
+    """The gradient's norm is above the limit."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one optimiser step measured.
@@ -111,6 +115,8 @@ class Engine(ABC):
     loaded. On engines that take methods; DTensors, or whole tensors that are the same on all ranks."""
     _loss_limit: float = math.inf
     """Of the step under way, nats per target."""
+    _norm_limit: float = math.inf
+    """Of the step under way: of the gradient before it is clipped."""
     _batch_loss: BatchLoss | None = None
     """Of the passes under way; None: cross-entropy."""
     _adjust: AdjustGradients | None = None
@@ -169,6 +175,7 @@ class Engine(ABC):
         *,
         lr: float,
         loss_limit: float = math.inf,
+        norm_limit: float = math.inf,
         loss: BatchLoss | None = None,
         adjust: AdjustGradients | None = None,
     ) -> StepResult:
@@ -182,11 +189,13 @@ class Engine(ABC):
                 the same samples on all ranks of a replica.
             lr: learning rate of this step.
             loss_limit: the step is not applied where the mean loss over all targets is above it.
+            norm_limit: the same for the global norm of the gradient before it is clipped.
             loss: in place of the cross-entropy, in units that are summed over targets like nats.
             adjust: changes the gradient.
 
         Raises:
-            NonFiniteError, LossSpikeError: on every rank alike; the parameters are as before the step.
+            NonFiniteError, LossSpikeError, GradientSpikeError: on every rank alike; the parameters are as
+                before the step.
             UserError: on every rank alike; the global batch has no target, and so no mean loss.
         """
         targets = torch.cat([part.targets for part in microbatches])
@@ -197,7 +206,8 @@ class Engine(ABC):
                 "train.global_batch_size, or prepare the data without such samples"
             )
         assert self.takes_methods or (loss is None and adjust is None), "check() refuses such methods"
-        self._loss_limit, self._batch_loss, self._adjust = loss_limit, loss, adjust
+        self._loss_limit, self._norm_limit = loss_limit, norm_limit
+        self._batch_loss, self._adjust = loss, adjust
         try:
             result = self._train_step(
                 microbatches, targets, spoiled("train.gradient", total, step=lambda: self.optimizer_steps), lr
@@ -206,6 +216,9 @@ class Engine(ABC):
             self._batch_loss = self._adjust = None
         if not math.isfinite(result.grad_norm):
             raise NonFiniteError(f"the gradient norm is {result.grad_norm}", result.sample_losses, targets)
+        if result.grad_norm > norm_limit:
+            reason = f"the gradient norm is {result.grad_norm:.4g}, above the limit of {norm_limit:.4g}"
+            raise GradientSpikeError(reason, result.sample_losses, targets)
         return result
 
     def _require_good(self, result: StepResult, checks: Tensor, total: float) -> None:

@@ -76,6 +76,11 @@ class DeepSpeedEngine(SingleEngine):
     @classmethod
     def check(cls, config: RunConfig, ranks: int) -> None:
         refuse_methods(config)
+        if config.train.grad_norm_deviations is not None:
+            raise UserError(
+                "train.grad_norm_deviations needs another engine, since DeepSpeed applies a step before it "
+                "tells the gradient's norm: unset it, or set engine.name to fsdp"
+            )
         require_same_batches(config, ranks)
         if config.deterministic:
             require_repeatable(config.engine)

@@ -156,7 +156,8 @@ class SingleEngine(Engine):
         checks, norm = self._clip(loss_checks(sample_sums))
         results = read_later(torch.cat([sample_sums, checks, norm[None]]))
         bad, nats = checks
-        self._apply(lr, refused=(bad > 0) | (nats / total > self._loss_limit) | ~norm.isfinite())
+        refused = (bad > 0) | (nats / total > self._loss_limit) | ~norm.isfinite() | (norm > self._norm_limit)
+        self._apply(lr, refused=refused)
         self._drop_gradients()
         found = results()
         result = StepResult(found[:-3], targets, found[-1].item())

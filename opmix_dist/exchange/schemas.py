@@ -316,7 +316,7 @@ class BadStep(Record):
     """A line of events.jsonl: a step that was not applied, and what followed. A resumed run does the same
     again, also where the reason is gone."""
 
-    kind: Literal["nan", "spike"]
+    kind: Literal["nan", "spike", "gradient spike"]
     action: Literal["stop", "skip", "rollback"]
     step: int = Field(ge=0)
     """Finished steps."""

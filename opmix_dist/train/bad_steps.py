@@ -1,8 +1,8 @@
 """Steps that must not be applied: which they are, what follows, and the record that a resume follows.
 
-A bad step is one whose loss or gradient is NaN or inf, or whose loss is a spike. No engine applies it, and it
-does not count as a step: the next batch makes another attempt at the same one, so learning rate, AdamW's step
-count and the number of steps are as they would be without it.
+A bad step is one whose loss or gradient is NaN or inf, or whose loss or gradient norm is a spike. No engine
+applies it, and it does not count as a step: the next batch makes another attempt at the same one, so learning
+rate, AdamW's step count and the number of steps are as they would be without it.
 
 ``skip`` leaves its batch out. ``rollback`` takes parameters and moments from the newest checkpoint, and goes
 on behind the bad batch: what was read since the checkpoint, and may have led there, is left out too. Both are
@@ -15,17 +15,27 @@ import logging
 import math
 import statistics
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Literal
 
 from opmix_dist.config import TrainConfig
 from opmix_dist.distributed import World
-from opmix_dist.engines.base import BadStepError, LossSpikeError
+from opmix_dist.engines.base import BadStepError, GradientSpikeError, LossSpikeError
 from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.exchange.schemas import BadStep
 from opmix_dist.train.state import TrainerState
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """A step's loss, nats per token, and its gradient's norm are a spike above them."""
+
+    loss: float
+    grad_norm: float
 
 
 class BadSteps:
@@ -61,22 +71,21 @@ class BadSteps:
         """The last rollback to ``step``: the data go on where it says."""
         return next((record for record in reversed(self._rollbacks) if record.checkpoint == step), None)
 
-    def loss_limit(self, recent: list[float]) -> float:
-        """Losses above it are a spike.
+    def limits(self, state: TrainerState) -> Limits:
+        """Of the next step. As long as the last steps do not fill the window, nothing is a spike."""
+        config = self.config
+        return Limits(
+            loss=_limit(state.recent_losses, config.spike_deviations, config.spike_window),
+            grad_norm=_limit(state.recent_grad_norms, config.grad_norm_deviations, config.spike_window),
+        )
 
-        Args:
-            recent: of the last steps; as long as they do not fill the window, nothing is.
-        """
-        deviations, window = self.config.spike_deviations, self.config.spike_window
-        if deviations is None or len(recent) < window:
-            return math.inf
-        seen = recent[-window:]
-        return statistics.fmean(seen) + deviations * statistics.pstdev(seen)
-
-    def note_good(self, state: TrainerState, loss: float) -> None:
+    def note_good(self, state: TrainerState, loss: float, grad_norm: float) -> None:
         self._in_a_row = 0
+        window = self.config.spike_window
         if self.config.spike_deviations is not None:
-            state.recent_losses = [*state.recent_losses, loss][-self.config.spike_window :]
+            state.recent_losses = [*state.recent_losses, loss][-window:]
+        if self.config.grad_norm_deviations is not None:
+            state.recent_grad_norms = [*state.recent_grad_norms, grad_norm][-window:]
 
     def note_left_out(self) -> None:
         """A batch was passed over, as was decided before."""
@@ -114,7 +123,7 @@ class BadSteps:
             )
         goes_back = action == "rollback"
         record = BadStep(
-            kind="spike" if isinstance(error, LossSpikeError) else "nan",
+            kind=_kind(error),
             action=action,
             step=state.step,
             batch=batch,
@@ -131,3 +140,17 @@ class BadSteps:
         self._remember(record)
         self._in_a_row += 1
         return record
+
+
+def _limit(recent: list[float], deviations: float | None, window: int) -> float:
+    """Numbers above it are a spike."""
+    if deviations is None or len(recent) < window:
+        return math.inf
+    seen = recent[-window:]
+    return statistics.fmean(seen) + deviations * statistics.pstdev(seen)
+
+
+def _kind(error: BadStepError) -> Literal["nan", "spike", "gradient spike"]:
+    if isinstance(error, GradientSpikeError):
+        return "gradient spike"
+    return "spike" if isinstance(error, LossSpikeError) else "nan"

@@ -29,6 +29,8 @@ class TrainerState(Record):
     """Whose state the checkpoint holds."""
     recent_losses: list[float] = Field(default_factory=list)
     """Of the last steps on this mixture, at most ``train.spike_window``: what a spike stands out from."""
+    recent_grad_norms: list[float] = Field(default_factory=list)
+    """The same of the gradients' norms."""
     world_size: int = Field(ge=1)
     global_batch_size: int = Field(ge=1)
 

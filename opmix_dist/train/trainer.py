@@ -152,7 +152,8 @@ class Trainer:
         point("mixture.switch", step=record.step)
         if record.changed:
             self.loader.set_weights(record.weights)
-            self.state.recent_losses = []  # another mixture has another loss
+            # another mixture has another loss, and other gradients
+            self.state.recent_losses, self.state.recent_grad_norms = [], []
         # one that was recorded before a domain joined does not name it
         self.state.weights = {name: record.weights.get(name, 0.0) for name in self.catalogue.names}
         self.state.mixture_version = record.version
@@ -177,11 +178,16 @@ class Trainer:
             return None
         microbatches = loaded.batch.split(self.config.train.micro_batch_size)
         self.world.enter("training", step)
-        limit = self.bad_steps.loss_limit(self.state.recent_losses)
+        limits = self.bad_steps.limits(self.state)
         try:
             work = self.method.prepare(step, microbatches)
             result = self.engine.train_step(
-                work.microbatches, lr=lr, loss_limit=limit, loss=work.loss, adjust=work.adjust
+                work.microbatches,
+                lr=lr,
+                loss_limit=limits.loss,
+                norm_limit=limits.grad_norm,
+                loss=work.loss,
+                adjust=work.adjust,
             )
         except BadStepError as error:
             self._meet_bad_step(loaded, error)
@@ -189,7 +195,7 @@ class Trainer:
         self.method.applied(step)
         sums, readings = self._gather(loaded, result)
         line = self._book(sums, readings, result.grad_norm, lr)
-        self.bad_steps.note_good(self.state, line.loss)
+        self.bad_steps.note_good(self.state, line.loss, line.grad_norm)
         return line
 
     def _meet_bad_step(self, loaded: LoadedBatch, error: BadStepError) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,6 +24,9 @@ from opmix_dist.engines.base import KINDS, BadStepError, Engine
 from opmix_dist.engines.build import ENGINES
 from opmix_dist.engines.megatron import MegatronEngine
 from opmix_dist.engines.megatron.cpu import cpu_in_place_of_cuda
+from opmix_dist.faults import points
+from opmix_dist.faults.injector import Injector
+from opmix_dist.faults.plan import Fault
 from opmix_dist.models.source import ModelSource
 from opmix_dist.process import end_process
 from opmix_dist.train.model_writer import ModelWriter
@@ -145,8 +151,8 @@ def logits(engine: Engine, batch: TokenBatch) -> Tensor | None:
 
 def non_finite(world: World, megatron: dict[str, Any]) -> dict[str, Any]:
     """A step, then one with a NaN in one number of one rank, one whose losses are finite and one gradient of
-    one rank is not, and one whose loss is above the limit: all ranks raise, and none changes its parameters.
-    Then a step more, as if nothing had been."""
+    one rank is not, those whose loss or gradient is above the limit, and one with a NaN that is planned for a
+    gradient: all ranks raise, and none changes its parameters. Then a step more, as if nothing had been."""
     engine = build(world, "llama", {"megatron": megatron})
     train(engine, 0, 1)
     before = whole(engine)
@@ -162,10 +168,23 @@ def non_finite(world: World, megatron: dict[str, Any]) -> dict[str, Any]:
     messages.append(raised_message(engine, batch))
     hook.remove()
     messages.append(raised_message(engine, batch, loss_limit=SPIKE))
+    messages.append(raised_message(engine, batch, norm_limit=1e-6))
+    with fault_of_gradient(world):
+        messages.append(raised_message(engine, batch))
     after = whole(engine)
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     steps = engine.optimizer_steps
     return {"messages": messages, "moved": moved, "steps": steps, "next": train(engine, 1, 2)}
+
+
+@contextmanager
+def fault_of_gradient(world: World) -> Iterator[None]:
+    """A NaN is planned at ``train.gradient``, on the first rank."""
+    fault = Fault(id="nan", point="train.gradient", kind="nan")
+    with TemporaryDirectory() as marks:
+        points._injector = Injector([fault] if world.is_leader else [], Path(marks))
+        yield
+        points._injector = None
 
 
 def raised_message(engine: Engine, batch: TokenBatch, **options: float) -> str:

@@ -187,13 +187,14 @@ def raised(engine: Engine, batch: TokenBatch, **options: float) -> str:
 
 
 def non_finite(world: World) -> dict[str, Any]:
-    """A batch without targets, a loss above the limit, a NaN on one rank: all ranks raise, and none changes
-    its parameters."""
+    """A batch without targets, a loss and a gradient above the limit, a NaN on one rank: all ranks raise, and
+    none changes its parameters."""
     engine = build(world, fresh("llama"), {})
     before = whole(engine)
     batch = uneven_batch(0, BATCH // world.size, LENGTH)
     empty = dataclasses.replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))
-    errors = [raised(engine, empty), raised(engine, batch, loss_limit=SPIKE)]
+    errors = [raised(engine, empty)]
+    errors += [raised(engine, batch, **limit) for limit in ({"loss_limit": SPIKE}, {"norm_limit": 1e-6})]
     if world.rank == 0:
         engine.model.model.norm.weight.to_local().data.view(-1)[0] = float("nan")
     errors.append(raised(engine, batch))

@@ -118,10 +118,13 @@ def test_a_nan_on_one_rank_or_a_spike_stops_all_and_changes_nothing(
     for rank in range(2):
         for outcome in read(out, f"raised_{rank}"):
             assert_same_steps(outcome.pop("next"), single["llama"]["steps"][1:2])
-            of_losses, of_gradients, of_spike = outcome.pop("messages")
+            of_losses, of_gradients, of_spike, of_norm, of_fault = outcome.pop("messages")
             assert "have a NaN or inf loss" in of_losses
             assert of_gradients == "the gradient norm is nan"
             assert "above the limit of 1.0000" in of_spike
+            assert "the gradient norm is" in of_norm
+            assert "above the limit of 1e-06" in of_norm
+            assert of_fault == "the gradient norm is nan"
             assert outcome == {"moved": [], "steps": 1}
 
 

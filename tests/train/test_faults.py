@@ -166,11 +166,24 @@ def test_without_a_checkpoint_a_rollback_stops(
         case.start()
 
 
-def test_a_loss_above_the_window_is_a_spike(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("setting", "kind", "number", "digits"),
+    [
+        ("spike_deviations", "spike", "loss", ".4f"),
+        ("grad_norm_deviations", "gradient spike", "grad_norm", ".4g"),
+    ],
+)
+def test_a_number_above_the_window_is_a_spike(
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    setting: str,
+    kind: str,
+    number: str,
+    digits: str,
 ) -> None:
     """With a threshold so low that ordinary batches exceed it; the limits are computed by hand."""
-    settings = {"spike_deviations": 0.01, "spike_window": 3, "on_bad_step": "skip", "max_bad_steps": 100}
+    settings = {setting: 0.01, "spike_window": 3, "on_bad_step": "skip", "max_bad_steps": 100}
     case = Case(tiny_data, tmp_path / "run", monkeypatch, **settings)
     case.config["optimizer"]["lr"] = 1e-5  # so that the loss does not fall out of the window
     case.plan(error("train.step", 12))
@@ -178,14 +191,14 @@ def test_a_loss_above_the_window_is_a_spike(
         case.start()
     case.start()
     met = case.run.bad_steps()
-    assert {one.kind for one in met} == {"spike"}
-    losses = [line.loss for line in case.run.train_lines()]
+    assert {one.kind for one in met} == {kind}
+    numbers = [getattr(line, number) for line in case.run.train_lines()]
     for one in met:
-        seen = losses[one.step - 3 : one.step]
+        seen = numbers[one.step - 3 : one.step]
         limit = statistics.fmean(seen) + 0.01 * statistics.pstdev(seen)
-        assert f"above the limit of {limit:.4f}" in one.reason
+        assert f"above the limit of {limit:{digits}}" in one.reason
         assert one.step not in (0, 1, 2, 7, 8, 9), "the window is not full there"
     for step in (3, 4, 5, 6, 10, 11, 12, 13, 14, 15):
-        seen = losses[step - 3 : step]
-        assert losses[step] <= statistics.fmean(seen) + 0.01 * statistics.pstdev(seen)
+        seen = numbers[step - 3 : step]
+        assert numbers[step] <= statistics.fmean(seen) + 0.01 * statistics.pstdev(seen)
     assert case.batches_read() == STEPS + len(met)

@@ -154,9 +154,12 @@ class MegatronEngine(Engine):
             losses = self._run(microbatches, forward_only=False)
             unapplied = StepResult(losses, targets, math.nan)
             self._require_good(unapplied, self.sum(loss_checks(losses)), total)
+            if math.isnan(total):  # a fault on purpose; the gradient is scaled within Megatron's schedule
+                for buffer in self.model.buffers:
+                    buffer.grad_data.fill_(total)
             self.optimizer.prepare_grads()
             grad_norm = float(self.optimizer.clip_grad_norm(self.max_grad_norm))
-            if math.isfinite(grad_norm):
+            if math.isfinite(grad_norm) and grad_norm <= self._norm_limit:
                 for group in self.optimizer.param_groups:
                     group["lr"] = lr
                 self.optimizer.step_with_ready_grads()
