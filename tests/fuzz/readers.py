@@ -44,6 +44,7 @@ from opmix_dist.train.state import TrainerState
 from opmix_kernels.runtime import read_tuning
 from tests.data.migration_inputs import write_mds
 from tests.data.shard_files import write_catalogue, write_split
+from tests.fuzz.compared_readers import COMPARED, make_compared
 from tests.fuzz.kept_readers import KEPT, make_kept
 from tests.helpers import tiny_llama
 from tests.report.runs import COMPONENTS, DOMAINS, UNIFORM, RunWriter
@@ -92,6 +93,7 @@ def make_all(root: Path) -> None:
     _make_sources(root / "sources")
     _make_tables(root / "tables")
     make_kept(root)
+    make_compared(root)
 
 
 Action = Literal["skip", "rollback"]
@@ -371,5 +373,5 @@ READERS = (
     ),
     _of("tasks", "tables/tasks.jsonl", read_tasks),
     _of("DeepSpeed's settings", "tables/ds.json", _deepspeed),
-    *(Reader(name, file, read, dear=dear) for name, file, read, dear in KEPT),
+    *(Reader(name, file, read, dear=dear) for name, file, read, dear in (*KEPT, *COMPARED)),
 )
