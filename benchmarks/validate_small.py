@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--horizon", type=int, default=150, help="steps of probes and of real runs")
     parser.add_argument("--mixtures", type=int, default=8, help="of the design, besides the named ones")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of real runs' data order")
+    parser.add_argument("--samples", type=int, default=64, help="held-out samples of each domain")
     parser.add_argument("--ranks", type=int, default=2)
     chosen = parser.parse_args()
     data = chosen.runs / "data"
@@ -85,7 +86,7 @@ def shared(run: Path, data: Path, chosen: argparse.Namespace) -> dict:
         "optimizer": {"lr": 3e-3},
         "search": {
             "probes": {"steps": chosen.horizon, "batch_size": BATCH, "micro_batch_size": BATCH},
-            "candidates": {"samples_per_domain": 64},
+            "candidates": {"samples_per_domain": chosen.samples},
         },
     }
 
@@ -103,7 +104,7 @@ def pretrain(run: Path, data: Path, chosen: argparse.Namespace) -> None:
     steps = chosen.prefix + 1
     settings = shared(run, data, chosen) | {
         "model": {"config": MODEL},
-        "train": {"steps": steps, "global_batch_size": BATCH, "micro_batch_size": BATCH},
+        "train": {"steps": steps, "global_batch_size": BATCH, "micro_batch_size": BATCH // chosen.ranks},
         "schedule": {"name": "constant", "warmup_steps": 20},
         "checkpoint": {"interval_steps": 0},
         "mixture": {"policy": "opmix", "initial": "uniform"},

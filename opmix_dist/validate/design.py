@@ -15,8 +15,10 @@ from opmix_dist.seeds import derive_seed
 from opmix_dist.validate.config import DesignConfig
 
 Kind = Literal["design", "proposal", "component", "average"]
-SAME = 1e-9
+SAME = 1e-5
 """Shares that differ by less are those of one mixture: it is trained on once."""
+ALONE = 0.999
+"""A share of ``old`` above which nothing is averaged."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def _averages(request: SearchRequest, u: np.ndarray) -> list[tuple[str, np.ndarr
     spread = np.array([0.0 if name == OLD else request.current.get(name, 0.0) for name in request.components])
     rows = [("old-as-mixed", staying(request, like=u)), ("old-by-domains", spread)]
     reaches = [(n, row) for n, row in rows if np.abs(row @ composition - composition[old]).max() < SAME]
-    return [(name, row) for name, row in reaches if row[old] < 1 - SAME]
+    return [(name, row) for name, row in reaches if row[old] < ALONE]
 
 
 def same_mixture(points: Sequence[Point]) -> list[list[int]]:

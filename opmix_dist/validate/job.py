@@ -38,7 +38,7 @@ from opmix_dist.pool.team import Crew
 from opmix_dist.process import lock_run
 from opmix_dist.validate.comparing import compare
 from opmix_dist.validate.config import ValidateConfig
-from opmix_dist.validate.design import Point, design_points
+from opmix_dist.validate.design import Point, design_points, same_mixture
 from opmix_dist.validate.real import RealRuns, Recipe, Task, alone, recipe_for
 from opmix_dist.validate.records import Comparison, RealRun, Validation, ValidationDir, digest
 from opmix_dist.validate.results import FULL, PROBES, SNAPSHOT, Measured, validation
@@ -155,8 +155,9 @@ class _Validating:
             horizon_samples=self.proposal.horizon_tokens // self.catalogue.sequence_length,
             identity=identity,
         )
-        self.tasks = [self._tasks(point) for point in self.points]
-        self.runs = {self.recipe.key(task): task for tasks in reversed(self.tasks) for task in tasks[::-1]}
+        alike = {i: group[0] for group in same_mixture(self.points) for i in group}
+        self.tasks = [self._tasks(self.points[alike[i]]) for i in range(len(self.points))]
+        self.runs = {self.recipe.key(task): task for tasks in self.tasks for task in tasks}
         self.ways = self._find_ways(identity)
 
     def _tasks(self, point: Point) -> list[Task]:
@@ -171,9 +172,13 @@ class _Validating:
         for name, variant in self.settings.sweep.items():
             found[name] = makes.of_variant(name, variant, self.folder.sweep)
         if self.settings.full_parameters:
-            first = [tasks[0] for tasks in self.tasks[: len(self.request.components)]]
-            found[FULL] = by_full_parameters([self.recipe.key(task) for task in first], self._trained)
+            found[FULL] = by_full_parameters(self._component_runs(), self._trained)
         return found
+
+    def _component_runs(self) -> dict[int, list[str]]:
+        """Keys of the components' real runs, by seed: the components are the first points."""
+        columns = zip(*self.tasks[: len(self.request.components)], strict=True)
+        return {column[0].seed: [self.recipe.key(task) for task in column] for column in columns}
 
     def _train_probes(self) -> None:
         """Collective. Other probes than the search's, where they are asked for."""
@@ -222,9 +227,9 @@ class _Validating:
     def _needed(self, todo: Sequence[Job]) -> list[str]:
         """Collective. Keys of the real runs whose models are needed and not there."""
         keys = {job.run for job in todo}
-        if any(job.way == FULL for job in todo):
-            keys |= {self.recipe.key(tasks[0]) for tasks in self.tasks[: len(self.request.components)]}
-        ordered = [key for key in reversed(self.runs) if key in keys]
+        for seed in {self.runs[job.run].seed for job in todo if job.way == FULL}:
+            keys |= {*self._component_runs()[seed]}
+        ordered = [key for key in self.runs if key in keys]
         text = ",".join(key for key in ordered if not files.is_complete(self.folder.model(key)))
         return [
             key for key in self.world.share_text(text if self.world.is_leader else None).split(",") if key
@@ -254,18 +259,22 @@ class _Validating:
         if runs and self.world.is_leader:
             log.info("comparing %d real runs with %s", len(runs), self.ways[way].about)
 
-        def work() -> None:
+        def work(seed: int) -> None:
+            of_seed = [key for key in mine if self.runs[key].seed == seed]
+            if not of_seed:
+                return
             with self.crew.team.in_step():
-                simulator = self.ways[way].build(self._load(self.source))
+                simulator = self.ways[way].build(self._load(self.source), seed)
                 real = self._load(self.source)
-                for key in mine:
+                for key in of_seed:
                     source = self._trained(key)
                     fill_model(real, source.shapes, source.part)
                     for job in (job for job in todo if job.run == key):
                         self._compare_one(job, simulator, real)
 
-        self._together(lambda: work() if mine else None)
-        self._free()
+        for seed in self.settings.real.seeds:
+            self._together(partial(work, seed))
+            self._free()
 
     def _compare_one(self, job: Job, simulator: Simulator, real: PreTrainedModel) -> None:
         start = time.perf_counter()

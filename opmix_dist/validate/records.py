@@ -142,6 +142,8 @@ class Validation(Record):
     """Held-out samples."""
     snapshot: Losses
     points: list[PointResult]
+    mixtures: int
+    """Among the points."""
     simulators: list[SimulatorResult]
     proposal_regret: Finite
     """Real objective at the proposal minus the least of all mixtures tried, nats."""

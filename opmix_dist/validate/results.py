@@ -88,7 +88,7 @@ def validation(
     tried = _tried(points, numbers)
     single = np.flatnonzero(tried.single)
     found = calibration.judged(tried, numbers.simulated[PROBES], problem, domains)
-    chosen = calibration.choose(found, settings.calibration, len({*tried.mixtures.tolist()}))
+    chosen = calibration.choose(found, settings.calibration, len(single))
     values = problem.value(tried.real[single])
     proposal = next(i for i, point in enumerate(points) if point.kind == "proposal")
     place = int(np.flatnonzero(tried.mixtures[single] == tried.mixtures[proposal])[0])
@@ -106,6 +106,7 @@ def validation(
         seeds=settings.real.seeds,
         samples=len(measured.heldout.batch),
         snapshot=_named(domains, numbers.snapshot),
+        mixtures=len(single),
         points=[_point(request, measured, numbers, i) for i in range(len(points))],
         simulators=[
             _simulator(name, measured, numbers, tried, problem, domains) for name in numbers.simulated

@@ -130,10 +130,10 @@ def cost_rows(found: Validation) -> Rows:
 
 def sentences(found: Validation) -> list[str]:
     """What a reader must know first."""
-    tried = len({tuple(point.x.values()) for point in found.points})
     lines = [
-        f"Of {tried} mixtures that were trained on for real, the proposal ranks {found.proposal_rank}; it is "
-        f"{found.proposal_regret:.4f} nats above the best ({found.objective} loss).",
+        f"Of {found.mixtures} mixtures that were trained on for real, the proposal ranks "
+        f"{found.proposal_rank}; it is {found.proposal_regret:.4f} nats above the best "
+        f"({found.objective} loss).",
         f"Moving from old to the proposal changed the real {found.objective} loss by "
         f"{words.signed(-found.proposal_gain)}, the simulated one by {words.signed(-found.simulated_gain)}.",
     ]

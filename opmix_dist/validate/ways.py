@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,31 +35,33 @@ LOG_INTERVAL_S = 30.0
 class Way:
     """One way to simulate a mixture.
 
-    about: what it is, in words. identity: digest of all that its losses depend on besides u. build: the
-    simulator on a plain model of the snapshot. probes: that it needs; None: none, or none of its own.
+    about: what it is, in words. identity: digest of all that its losses depend on besides u and the seed.
+    build: the simulator, on a plain model of the snapshot, of real runs of a seed. probes: that it
+    needs; None: none, or none of its own. uses_u: whether losses depend on u.
     """
 
     about: str
     identity: Callable[[], str]
-    build: Callable[[PreTrainedModel], Simulator]
+    build: Callable[[PreTrainedModel, int], Simulator]
     probes: ProbeGroups | None = None
     uses_u: bool = True
 
 
 def by_snapshot(identity: str) -> Way:
-    return Way("the snapshot itself", lambda: identity, BySnapshot, uses_u=False)
+    return Way("the snapshot itself", lambda: identity, lambda model, seed: BySnapshot(model), uses_u=False)
 
 
-def by_full_parameters(runs: list[str], trained: Callable[[str], ModelSource]) -> Way:
-    """With the components' real runs.
+def by_full_parameters(runs: Mapping[int, Sequence[str]], trained: Callable[[str], ModelSource]) -> Way:
+    """With the components' real runs, of the same seed as the run that is compared with: both have read the
+    data in one order.
 
     Args:
-        runs: their keys, in the components' order; trained: the model of one.
+        runs: their keys, in the components' order, by seed; trained: the model of one.
     """
     return Way(
         "full-parameter deltas of the components' real runs",
-        lambda: digest(runs),
-        lambda model: ByFullParameters(model, [trained(key) for key in runs]),
+        lambda: digest([*runs.values()]),
+        lambda model, seed: ByFullParameters(model, [trained(key) for key in runs[seed]]),
     )
 
 
@@ -108,7 +110,7 @@ class ProbeWays:
             adapters = [place.probe(name) / ADAPTER_FILE for name in self.request.components]
             return digest(self.identity, [hash_file(path) for path in adapters])
 
-        return Way(about, identity, lambda model: ByProbes(groups.load(model)), groups)
+        return Way(about, identity, lambda model, seed: ByProbes(groups.load(model)), groups)
 
 
 def hash_file(path: Path) -> str:

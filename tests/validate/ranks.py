@@ -17,6 +17,7 @@ def main() -> None:
     for name, ranks_per_model in (("dealt", 1), ("together", world.size)):
         settings = ValidateConfig(
             design={"mixtures": 1},
+            real={"seeds": [0, 1]},
             folder=str(folder / name),
             evaluation_batch_size=4,
             ranks_per_model=ranks_per_model,

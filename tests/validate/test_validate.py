@@ -34,6 +34,8 @@ from tests.train.jobs import tiny_config
 
 DOMAINS = ["json", "prose"]
 STEPS, SEARCH_STEP = 6, 3
+SEEDS = [0, 1]
+SWEEP = {"hot": {"lr_multiplier": 8, "rank": 1}}
 
 
 def config(data: Path, run: Path, policy: str) -> RunConfig:
@@ -79,7 +81,7 @@ def validated(run: RunDir, wanted: ValidateConfig) -> Validation:
 @pytest.fixture(scope="module")
 def finished(searched: RunDir, tmp_path_factory: pytest.TempPathFactory) -> tuple[Validation, ValidationDir]:
     folder = tmp_path_factory.mktemp("validation")
-    wanted = settings(folder, sweep={"hot": {"lr_multiplier": 8, "rank": 1}}, keep_models=True)
+    wanted = settings(folder, sweep=SWEEP, real={"seeds": SEEDS}, keep_models=True)
     return validated(searched, wanted), ValidationDir(folder)
 
 
@@ -108,9 +110,9 @@ def test_a_validation_compares_real_runs_with_each_way_to_simulate(
     parts = found.sources
     assert parts.lora is not None and parts.averaging is not None  # noqa: PT018
     assert parts.gap == pytest.approx(parts.lora + parts.averaging)
-    runs = {tuple(point.x.values()) for point in found.points if point.kind != "average"}
-    assert len([*(folder.path / "runs").iterdir()]) == len(runs)
-    assert found.costs["real runs"].tokens == len(runs) * found.tokens
+    assert len([*(folder.path / "runs").iterdir()]) == 2 * found.mixtures
+    assert found.costs["real runs"].tokens == 2 * found.mixtures * found.tokens
+    assert found.sources.noise is not None and found.sources.noise > 1e-4  # noqa: PT018
     assert found.tokens == found.probe_tokens
 
 
@@ -149,14 +151,14 @@ def test_a_validation_that_was_killed_uses_the_runs_that_it_finished(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    wanted = settings(tmp_path, full_parameters=False, kl=False, calibration="affine")
-    trained: list[str] = []
+    wanted = settings(tmp_path, real={"seeds": SEEDS}, full_parameters=False, kl=False, calibration="affine")
+    trained: list[tuple[str, int]] = []
     train = RealRuns.train
 
     def dies_in_the_third(self: RealRuns, task: Any, place: str) -> None:
         if len(trained) == 2:
             raise Killed
-        trained.append(task.name)
+        trained.append((task.name, task.seed))
         train(self, task, place)
 
     monkeypatch.setattr(RealRuns, "train", dies_in_the_third)
@@ -165,23 +167,22 @@ def test_a_validation_that_was_killed_uses_the_runs_that_it_finished(
     first, trained[:] = set(trained), []
 
     def noted(self: RealRuns, task: Any, place: str) -> None:
-        trained.append(task.name)
+        trained.append((task.name, task.seed))
         train(self, task, place)
 
     monkeypatch.setattr(RealRuns, "train", noted)
     found = validated(searched, wanted)
     whole = {point.name: point.real for point in finished[0].points}
     assert {point.name: point.real for point in found.points} == whole
-    assert len(trained) == len({*trained} | first) - 2
+    assert first == {("old", 0), ("old", 1)}
+    assert len(trained) == 2 * found.mixtures - 2
     assert not {*trained} & first
     assert found.chosen == "affine"
     assert all(point.divergence == {} for point in found.points)
     assert not (tmp_path / "models").exists()
 
     trained[:] = []
-    again = validated(
-        searched, wanted
-    )  # nothing is left to do, and other settings of the conclusion cost none
+    again = validated(searched, wanted)  # nothing is left to do, and another conclusion costs nothing
     assert again.points == found.points
     assert validated(searched, wanted.model_copy(update={"calibration": "shift"})).chosen == "shift"
     assert trained == []
@@ -234,7 +235,7 @@ def test_the_command_writes_a_page_that_loads_nothing(
     folder = finished[1]
     arguments = ["validate", str(searched.path), "--folder", str(folder.path), "--design.mixtures", "1"]
     arguments += ["--evaluation_batch_size", "4", "--keep_models", "true"]
-    assert main([*arguments, "--sweep", "{hot: {lr_multiplier: 8, rank: 1}}"]) == 0
+    assert main([*arguments, "--sweep", str(SWEEP), "--real.seeds", str(SEEDS)]) == 0
     printed = capsys.readouterr().out
     assert "the proposal ranks" in printed
     assert "Where the gap comes from" in printed
