@@ -23,12 +23,13 @@ MethodName = Literal["plain", "ewc", "mas", "gem", "o_lora", "sdft", "distill"]
 
 Domains = list[str] | None
 _OLD = "old domains to keep; null: all that start.run's model had read"
+_LAMBDA = "lambda; the penalty is added to the mean loss in nats"
 
 
 class ImportanceConfig(Section):
     """Of penalties lambda / 2 * sum F (theta - theta*)^2, theta* being the parameters at the run's start."""
 
-    strength: float = Field(1.0, ge=0, description="lambda; the penalty is added to the mean loss in nats")
+    strength: float = Field(10.0, ge=0, description=_LAMBDA)
     domains: Domains = Field(None, description=_OLD)
     samples_per_domain: int = Field(
         64, ge=1, description="training samples of each old domain that importances are measured on"
@@ -48,6 +49,10 @@ class EWCConfig(ImportanceConfig):
         description="null: a penalty for each earlier run's end, as in the paper; or online EWC: one, at the "
         "last end, earlier importances times this",
     )
+
+
+class MASConfig(ImportanceConfig):
+    strength: float = Field(0.01, ge=0, description=_LAMBDA)
 
 
 class GEMConfig(Section):
@@ -130,7 +135,7 @@ class MethodConfig(Section):
         "corrected by itself with a demonstration; distill: replies of its own, corrected by a teacher",
     )
     ewc: EWCConfig = EWCConfig()
-    mas: ImportanceConfig = ImportanceConfig()
+    mas: MASConfig = MASConfig()
     gem: GEMConfig = GEMConfig()
     o_lora: OLoRAConfig = OLoRAConfig()
     sdft: SDFTConfig = SDFTConfig()
