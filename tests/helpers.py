@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from opmix_dist.data.batch import TokenBatch, collate
 from opmix_dist.data.samples import Sample
-
-ROOT = Path(__file__).parent.parent
+from tests.launcher import ROOT, Launch
 
 
 def tiny_llama_config(*, vocab_size: int = 64, tied: bool = False) -> LlamaConfig:
@@ -95,10 +95,20 @@ def one_by_one(parts: list[Tensor], length: int, *, mask_documents: bool = True)
     return dataclasses.replace(batch, loss_mask=own)
 
 
+def on_ranks(ranks: int, module: str, *arguments: str, timeout_s: float = 300.0) -> None:
+    """``python -m MODULE ARGUMENTS`` on ``ranks`` ranks of :class:`Launch`; fails with what they printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        code = Launch(ranks, module, arguments, log).wait(timeout_s)
+        assert code == 0, log.read_text()[-6000:]
+
+
 def torchrun(ranks: int, *arguments: str, timeout_s: float = 300.0, **environment: str) -> str:
-    """Run ``python -m ARGUMENTS`` on ``ranks`` ranks and return its output; fails with it otherwise."""
+    """The same by torchrun itself, whose ranks take longer to start; returns the output."""
+    # standalone takes a free port, so that launches may run beside each other
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        torchrun_command(ranks, *arguments),
+        [*launcher, f"--nproc-per-node={ranks}", "-m", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -108,9 +118,3 @@ def torchrun(ranks: int, *arguments: str, timeout_s: float = 300.0, **environmen
     )
     assert done.returncode == 0, done.stdout[-6000:]
     return done.stdout
-
-
-def torchrun_command(ranks: int, *arguments: str) -> list[str]:
-    """``--standalone`` takes a free port, so that launches may run beside each other."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, f"--nproc-per-node={ranks}", "-m", *arguments]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import tests.engines.late_imports  # noqa: F401
 from opmix_dist.config import CheckpointConfig, EngineConfig, OptimizerConfig
 from opmix_dist.distributed import Placement, Role, World
 from opmix_dist.engines.base import Engine

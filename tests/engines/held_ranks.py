@@ -14,6 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig
 
+import tests.engines.late_imports  # noqa: F401
 from opmix_dist.config import EngineConfig, OptimizerConfig
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.determinism import use_deterministic_kernels
@@ -33,9 +34,13 @@ SMALL_BUCKETS = {"zero_optimization": {"reduce_bucket_size": 500}}
 CASES: dict[str, dict[str, Any]] = {
     "fsdp": {"name": "fsdp"},
     "fsdp, replicas": {"name": "fsdp", "fsdp": {"replicas": 2}},
-    "zero 1": {"name": "deepspeed", "deepspeed": {"stage": 1}},
-    "zero 2, bfloat16": {"name": "deepspeed", "deepspeed": {"stage": 2}, "param_dtype": "bfloat16"},
     # a buffer of its default 500 million numbers is filled before each use, where kernels are deterministic
+    "zero 1": {"name": "deepspeed", "deepspeed": {"stage": 1, "config": SMALL_BUCKETS}},
+    "zero 2, bfloat16": {
+        "name": "deepspeed",
+        "deepspeed": {"stage": 2, "config": SMALL_BUCKETS},
+        "param_dtype": "bfloat16",
+    },
     "zero 3": {"name": "deepspeed", "deepspeed": {"stage": 3, "config": SMALL_BUCKETS}},
     "megatron": {"name": "megatron", "megatron": {"vocab_multiple": 1}},
     "megatron, tensor": {"name": "megatron", "megatron": {"tensor_parallel": 2, "vocab_multiple": 1}},

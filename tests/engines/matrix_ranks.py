@@ -7,6 +7,7 @@ any of them.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+import tests.engines.late_imports  # noqa: F401
 from opmix_dist.config import CheckpointConfig, EngineConfig, OptimizerConfig
 from opmix_dist.distributed import Placement, Role, World
 from opmix_dist.engines.base import KINDS, Engine
@@ -42,6 +44,8 @@ class Layout(NamedTuple):
     engine: dict[str, Any]
 
 
+SHORT = ("single", "FSDP x3", "FSDP x2, TP2", "ZeRO-2 x2", "ZeRO-3 x2", "Megatron TP2 PP2")
+"""Without RESUME_MATRIX in the environment: one of each kind, each of their pairs."""
 # Without stage 3 on three ranks, which numbers modules over a process's life, and compares the numbers: ranks
 # that have been in different worlds differ. test_deepspeed.py has it.
 LAYOUTS = {
@@ -59,6 +63,9 @@ LAYOUTS = {
     "Megatron TP2 DP2": Layout(4, {"name": "megatron", "megatron": TENSOR}),
     "Megatron TP2 PP2": Layout(4, {"name": "megatron", "megatron": {**TENSOR, "pipeline_parallel": 2}}),
 }
+
+if "RESUME_MATRIX" not in os.environ:
+    LAYOUTS = {name: LAYOUTS[name] for name in SHORT}
 
 
 def build(world: World, name: str, seed: int) -> Engine:

@@ -29,7 +29,7 @@ from opmix_dist.models.universal import convert_universal
 from opmix_dist.train.checkpoint import SafePlanner, SafeReader
 from tests.engines.deepspeed_ranks import CASES, CROSSINGS, HALVES, RAISING, TRAINERS, USER, WRITERS
 from tests.engines.ranks import LENGTH, LR, MODELS, SAVED, STEPS, fresh, heldout, train
-from tests.helpers import ROOT, torchrun
+from tests.helpers import ROOT, on_ranks
 
 ALONE = World(Placement(Role.TRAINER, 0, 1), torch.device("cpu"))
 
@@ -37,8 +37,8 @@ ALONE = World(Placement(Role.TRAINER, 0, 1), torch.device("cpu"))
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deepspeed")
-    torchrun(TRAINERS + 1, "tests.engines.deepspeed_ranks", "write", str(folder))
-    torchrun(3, "tests.engines.deepspeed_ranks", "continue_all", str(folder))
+    on_ranks(TRAINERS + 1, "tests.engines.deepspeed_ranks", "write", str(folder))
+    on_ranks(3, "tests.engines.deepspeed_ranks", "continue_all", str(folder))
     return folder
 
 

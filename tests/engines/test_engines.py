@@ -15,7 +15,7 @@ from opmix_dist.exchange import files
 from opmix_dist.models.loss import sample_loss_sums
 from opmix_dist.models.source import checkpoint_source
 from tests.engines.ranks import CASES, LR, MODELS, STEPS, fresh, global_batch, heldout
-from tests.helpers import torchrun
+from tests.helpers import on_ranks
 
 pytestmark = pytest.mark.launch
 
@@ -25,7 +25,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What launches of 1, 2, 3 and 4 ranks have found."""
     folder = tmp_path_factory.mktemp("engines")
     for ranks in (1, 2, 3, 4):
-        torchrun(ranks, "tests.engines.ranks", str(folder))
+        on_ranks(ranks, "tests.engines.ranks", str(folder))
     return folder
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.engines.held_ranks import CASES
-from tests.helpers import torchrun
+from tests.helpers import on_ranks
 
 pytestmark = pytest.mark.launch
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.launch
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """By rank."""
     folder = tmp_path_factory.mktemp("held")
-    torchrun(2, "tests.engines.held_ranks", str(folder))
+    on_ranks(2, "tests.engines.held_ranks", str(folder))
     return [json.loads((folder / f"held_{rank}.json").read_text()) for rank in range(2)]
 
 

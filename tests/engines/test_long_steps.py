@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.long_context import CHUNKED, WHOLE
 from tests.engines.long_ranks import case
-from tests.helpers import torchrun
+from tests.helpers import on_ranks
 
 pytestmark = pytest.mark.launch
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.launch
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     out: Path = tmp_path_factory.mktemp("long") / "rows.json"
-    torchrun(2, "tests.engines.long_ranks", str(out))
+    on_ranks(2, "tests.engines.long_ranks", str(out))
     return json.loads(out.read_text())
 
 

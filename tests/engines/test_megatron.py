@@ -24,7 +24,7 @@ from opmix_dist.models.loss import sample_loss_sums
 from opmix_dist.models.source import ModelSource
 from tests.engines.megatron_ranks import CASES, LLAMA3, MODELS
 from tests.engines.ranks import LENGTH, LR, STEPS, heldout, train
-from tests.helpers import torchrun
+from tests.helpers import on_ranks
 from tests.train.jobs import tiny_config
 
 RANKS = (4, 2)
@@ -37,7 +37,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a launch of four ranks, and then one of two, has found."""
     folder = tmp_path_factory.mktemp("megatron")
     for ranks in RANKS:
-        torchrun(ranks, "tests.engines.megatron_ranks", str(folder))
+        on_ranks(ranks, "tests.engines.megatron_ranks", str(folder))
     return folder
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
+import tests.engines.late_imports  # noqa: F401
 from opmix_dist.config import EngineConfig, OptimizerConfig
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import Placement, World

@@ -12,7 +12,7 @@ from opmix_dist.config import EngineConfig
 from opmix_dist.models.source import ModelSource
 from opmix_dist.plan.held import deepspeed_memory, megatron_memory
 from opmix_dist.plan.memory import RankMemory, StepSizes, rank_memory
-from tests.helpers import torchrun
+from tests.helpers import on_ranks
 from tests.plan.plan_ranks import CASES, LENGTH, MODEL, SAMPLES
 
 pytestmark = pytest.mark.launch
@@ -23,7 +23,7 @@ Found = list[dict[str, dict[str, Any]]]
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """By rank."""
     folder = tmp_path_factory.mktemp("plan")
-    torchrun(2, "tests.plan.plan_ranks", str(folder))
+    on_ranks(2, "tests.plan.plan_ranks", str(folder))
     return [json.loads((folder / f"plan_{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -16,7 +16,7 @@ from opmix_dist.exchange.rundir import RunDir, SearchDir, read_record
 from opmix_dist.exchange.schemas import EvaluationPlan, SearchStage
 from opmix_dist.models.peft_files import ADAPTER_FILE
 from opmix_dist.pool.team import ALONE, Crew, Team, require_whole_teams
-from tests.helpers import torchrun
+from tests.helpers import on_ranks
 from tests.pool.ranks import CASES
 from tests.pool.searches import quick_config
 
@@ -26,7 +26,7 @@ LAYOUTS = [name for name, case in CASES.items() if not case.fails]
 @pytest.fixture(scope="module")
 def folder(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("teams")
-    torchrun(4, "tests.pool.ranks", str(tiny_data), str(found), timeout_s=600.0)
+    on_ranks(4, "tests.pool.ranks", str(tiny_data), str(found), timeout_s=600.0)
     return found
 
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import yaml
 
 from opmix_dist.exchange.rundir import RunDir
 from tests.conftest import DOMAINS
-from tests.helpers import ROOT, torchrun_command
+from tests.launcher import Launch
 
 STEPS, SEARCH_STEP, BATCH, LENGTH = 16, 4, 8, 64
 
@@ -64,39 +62,38 @@ class Job:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text(yaml.safe_dump(config))
         self.log_file = self.run.path.with_suffix(".log")
-        self._log = open(self.log_file, "ab")  # noqa: SIM115  (closed by finish)
-        self.process = subprocess.Popen(
-            torchrun_command(ranks, "opmix_dist.cli", command, str(self.file), *overrides),
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
+        arguments = [command, str(self.file), *overrides]
+        self.process = Launch(ranks, "opmix_dist.cli", arguments, self.log_file)
 
     def finish(self, timeout_s: float = 240.0) -> int:
         """Wait for the end; the exit code."""
-        try:
-            return self.process.wait(timeout_s)
-        finally:
-            self.kill()
-            self._log.close()
+        return self.process.wait(timeout_s)
 
     def kill(self) -> None:
         """SIGKILL to the launcher and everything it started."""
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
-        self.process.wait()
+        self.process.kill()
 
     def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 120.0) -> None:
         """Poll ``condition`` often; fails when the job ends first or the time is over."""
         end = time.monotonic() + timeout_s
         while not condition():
-            assert self.process.poll() is None, f"ended before: {what}\n{self.log()}"
-            assert time.monotonic() < end, f"not in time: {what}\n{self.log()}"
+            if self.process.poll() is not None or time.monotonic() > end:
+                self.kill()
+                pytest.fail(f"ended before, or not in time: {what}\n{self.log()}")
             time.sleep(0.02)
+
+    @contextlib.contextmanager
+    def trainers_held(self, number: int) -> Iterator[None]:
+        """SIGSTOP to the first ``number`` ranks, the trainers, which go on afterwards: the pool catches up,
+        and no step is computed for that only."""
+        ranks = sorted(psutil.Process(self.process.pid).children(), key=lambda rank: rank.pid)
+        for rank in ranks[:number]:
+            rank.suspend()
+        try:
+            yield
+        finally:
+            for rank in ranks[:number]:
+                rank.resume()
 
     def log(self) -> str:
         return self.log_file.read_text()[-6000:]

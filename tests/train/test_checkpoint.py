@@ -16,7 +16,7 @@ import pytest
 from opmix_dist.exchange import files
 from opmix_dist.exchange.manifest import CheckpointMarker, hash_file
 from opmix_dist.exchange.rundir import read_record
-from tests.helpers import ROOT, torchrun
+from tests.helpers import ROOT, on_ranks
 
 pytestmark = pytest.mark.launch
 ROUNDS = 25
@@ -37,7 +37,7 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def out(small_disk: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
-    torchrun(2, "tests.train.checkpoint_ranks", str(folder), small_disk)
+    on_ranks(2, "tests.train.checkpoint_ranks", str(folder), small_disk)
     return folder
 
 

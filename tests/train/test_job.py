@@ -340,14 +340,21 @@ def test_a_snapshot_that_cannot_be_written_fails_the_search_only(tiny_data: Path
 def test_training_goes_on_during_an_asynchronous_search(tiny_data: Path, tmp_path: Path) -> None:
     config = tiny_config(tiny_data, tmp_path / "run")
     config["search"]["mode"] = "async"
-    config["train"]["steps"] = 400
-    config["search"]["start_fraction"] = SEARCH_STEP / 400
+    config["train"]["steps"] = 200
+    config["search"]["start_fraction"] = SEARCH_STEP / 200
     config["checkpoint"]["interval_steps"] = 0
-    run = complete(config, ranks=3)
+    job = Job(config, ranks=3)
+    run, search = job.run, job.run.search("0001")
+    job.wait_until(lambda: job.steps_done() > SEARCH_STEP, "steps after the request")
+    with job.trainers_held(2):
+        before = job.steps_done()
+        assert run.mixtures()[1:] == []
+        job.wait_until(lambda: in_search(job) and search.status().stage.final, "the end of the search")
+    assert job.finish() == 0, job.log()
     _, second = run.mixtures()
     assert second.changed
-    assert (second.requested_step, run.search("0001").request().step) == (SEARCH_STEP, SEARCH_STEP)
-    assert SEARCH_STEP < second.step < 400
+    assert (second.requested_step, search.request().step) == (SEARCH_STEP, SEARCH_STEP)
+    assert SEARCH_STEP < before <= second.step < 200
     switched = {line.mixture_version for line in run.train_lines() if line.step > second.step}
     assert switched == {1}
 
@@ -358,11 +365,15 @@ def test_the_launch_ends_with_the_training_though_a_search_is_under_way(
     config = tiny_config(tiny_data, tmp_path / "run")
     config["search"]["mode"] = "async"
     config["search"]["probes"]["steps"] = 100_000
-    config["train"]["steps"] = 400
+    config["train"]["steps"] = 200
     config["checkpoint"]["interval_steps"] = 0
-    run = complete(config, ranks=3)
-    assert [record.step for record in run.mixtures()] == [0]
-    assert run.search("0001").status().stage is SearchStage.PROBING
+    job = Job(config, ranks=3)
+    job.wait_until(job.run.search("0001").request_file.exists, "a request")
+    with job.trainers_held(2):
+        job.wait_until(lambda: in_search(job), "a worker that searches")
+    assert job.finish() == 0, job.log()
+    assert [record.step for record in job.run.mixtures()] == [0]
+    assert job.run.search("0001").status().stage is SearchStage.PROBING
 
 
 def test_a_job_outlives_the_shell_that_started_it(tiny_data: Path, tmp_path: Path) -> None:
