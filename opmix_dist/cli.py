@@ -235,7 +235,7 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.print_config:
         print(to_yaml(config, documented=True), end="")
         return 0
-    from opmix_dist.train.job import run_job
+    from opmix_dist.train.roles import run_job
 
     stopped = run_job(config)
     leads = os.environ.get("RANK", "0") == "0"

@@ -134,7 +134,7 @@ def test_a_folder_that_cannot_be_written_does_not_keep_the_process(
 def start(config: dict[str, Any], plan: str, log: str) -> None:
     """In a process of its own: the run, as ``opmix train`` starts it."""
     from opmix_dist.config import check_config
-    from opmix_dist.train.job import run_job
+    from opmix_dist.train.roles import run_job
 
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 2)
     os.environ[points.PLAN_VARIABLE] = plan

@@ -18,7 +18,7 @@ from opmix_dist.lifecycle.running import ENDED, REFUSED, STOPPED
 from opmix_dist.process import die_with_parent, end_process
 from opmix_dist.stopping import launch_is_told
 from opmix_dist.telling import tell
-from opmix_dist.train.job import run_job
+from opmix_dist.train.roles import run_job
 
 
 def main(parent: int) -> int:

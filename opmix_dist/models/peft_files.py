@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -33,6 +32,8 @@ def write_peft(
         layers: A [r, d_in] and B [d_out, r] by the adapted layer's name.
         base_model: folder or hub id of the model that the adapter belongs to, for who reads the folder.
     """
+    from peft import LoraConfig  # a second, for who writes an adapter only
+
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, (A, B) in layers.items():

@@ -22,7 +22,7 @@ from opmix_dist.determinism import (
     require_repeatable_search,
     use_deterministic_kernels,
 )
-from opmix_dist.distributed import Placement, Role, World, has_launcher
+from opmix_dist.distributed import Placement, World
 from opmix_dist.engines.base import Engine
 from opmix_dist.engines.build import build_engine
 from opmix_dist.errors import UserError
@@ -41,7 +41,6 @@ from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, Stopped, Summar
 from opmix_dist.faults import points
 from opmix_dist.hang import HangGuard
 from opmix_dist.ledger import Ledger
-from opmix_dist.logs import set_up_logging
 from opmix_dist.methods.base import MethodAround
 from opmix_dist.methods.build import build_method
 from opmix_dist.models.build import check_tokenizer
@@ -50,10 +49,8 @@ from opmix_dist.models.lora import require_adaptable
 from opmix_dist.models.source import ModelSource, open_source
 from opmix_dist.pool.plan import require_kernels
 from opmix_dist.pool.requests import check_components
-from opmix_dist.pool.supervisor import Supervisor
 from opmix_dist.pool.task_metric import require_tasks
 from opmix_dist.pool.team import require_whole_teams
-from opmix_dist.process import die_with_parent
 from opmix_dist.seeds import derive_seed
 from opmix_dist.stopping import StopRequested, StopSignals, name_of, tell_launch
 from opmix_dist.train.bad_steps import BadSteps
@@ -76,27 +73,16 @@ from opmix_dist.train.trainer import HeldOut, Trainer
 log = logging.getLogger(__name__)
 
 
-def run_job(config: RunConfig) -> Stopped | None:
-    """Every rank of the launch calls this, in its main thread.
+def train_run(config: RunConfig, placement: Placement, stop: StopSignals) -> Stopped | None:
+    """Every trainer rank of the launch calls this, in its main thread.
 
     Returns:
         None when the run has ended; else how a trainer rank was stopped, on request.
 
     Raises:
-        UserError: anything in the configuration, the data or the run directory that the user can mend; before
-            anything is written where that can be known before.
+        UserError: as of :func:`~opmix_dist.train.roles.run_job`.
     """
-    if has_launcher():  # a shell may end before the job that it started
-        die_with_parent()
-    stop = StopSignals()
-    stop.listen()
-    placement = Placement.from_environment(config.pool.ranks)
-    set_up_logging(f"{placement.role} {placement.rank}")
-    points.install(placement.role, placement.rank)
     run = RunDir(config.run_dir)
-    if placement.role is Role.POOL:
-        Supervisor(run, config, placement).supervise()
-        return None
     catalogue, history = open_domains(config), history_of(config)
     weights = chosen_mixture(config.mixture.initial, catalogue, "mixture.initial", history)
     for step, chosen in config.mixture.schedule.items():

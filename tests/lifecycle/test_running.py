@@ -16,7 +16,7 @@ from opmix_dist.exchange.schemas import Summary
 from opmix_dist.lifecycle.config import LifecycleConfig, load_lifecycle, resolve
 from opmix_dist.lifecycle.running import chosen_stages, require_same_stages
 from opmix_dist.settings import check_settings
-from opmix_dist.train.job import run_job
+from opmix_dist.train.roles import run_job
 from tests.lifecycle.test_config import lifecycle
 from tests.train.jobs import Job, curve, schedule, tiny_config
 

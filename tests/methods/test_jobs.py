@@ -14,7 +14,7 @@ from opmix_dist.config import check_config
 from opmix_dist.errors import UserError
 from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.methods.stored import provenance
-from opmix_dist.train.job import run_job
+from opmix_dist.train.roles import run_job
 from tests.train.jobs import tiny_config
 
 STEPS = 4

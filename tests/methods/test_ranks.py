@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers import torchrun
+from tests.helpers import on_ranks
 from tests.methods.linear import LinearEngine
 from tests.methods.ranks import LAYOUTS, RANKS, STEPS, everything
 
@@ -21,7 +21,7 @@ METHODS = ("ewc", "sampled", "mas", "gem", "a_gem", "o_lora")
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
     folder = tmp_path_factory.mktemp("methods")
-    torchrun(RANKS, "tests.methods.ranks", str(folder), str(tiny_data))
+    on_ranks(RANKS, "tests.methods.ranks", str(folder), str(tiny_data))
     return folder
 
 

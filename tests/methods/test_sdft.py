@@ -20,7 +20,7 @@ from opmix_dist.methods.conversations import Conversation, Text, documents
 from opmix_dist.methods.generation import parameter_of
 from opmix_dist.methods.on_policy import OnPolicy
 from opmix_dist.methods.replied import RepliedBatch
-from opmix_dist.train.job import run_job
+from opmix_dist.train.roles import run_job
 from tests.methods.on_policy_jobs import BATCH, LENGTH, built, job_config, make_data
 from tests.train.jobs import complete
 

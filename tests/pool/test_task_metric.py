@@ -19,7 +19,7 @@ from opmix_dist.models.loss import sample_loss_sums
 from opmix_dist.pool.task_metric import TaskMetric, search_tasks
 from opmix_dist.search_config import TaskMetricConfig
 from opmix_dist.tasks.scoring import ScoringOptions, score
-from opmix_dist.train.job import run_job
+from opmix_dist.train.roles import run_job
 from tests.methods.on_policy_jobs import job_config, make_data
 from tests.models import tiny
 

@@ -17,7 +17,7 @@ from opmix_dist.report.compare_tables import cells
 from opmix_dist.report.compared import LOSSES, Compared
 from opmix_dist.report.courses import read_course
 from opmix_dist.report.groups import group_by_settings
-from opmix_dist.train.job import run_job
+from opmix_dist.train.roles import run_job
 from tests.conftest import DOMAINS
 from tests.train.jobs import tiny_config
 

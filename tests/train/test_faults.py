@@ -15,7 +15,7 @@ from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.faults import points
 from opmix_dist.faults.injector import InjectedError
 from opmix_dist.ledger import LEFT_OUT
-from opmix_dist.train.job import run_job
+from opmix_dist.train.roles import run_job
 from tests.conftest import DOMAINS
 from tests.train.jobs import BATCH, LENGTH, STEPS, curve, tiny_config
 

@@ -22,7 +22,7 @@ from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.faults import points
 from opmix_dist.faults.injector import InjectedError
 from opmix_dist.seeds import derive_seed
-from opmix_dist.train.job import run_job
+from opmix_dist.train.roles import run_job
 from tests.train.jobs import BATCH, LENGTH, curve, schedule, tiny_config
 
 STEP_TOKENS = BATCH * LENGTH

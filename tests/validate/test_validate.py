@@ -21,7 +21,7 @@ from opmix_dist.models.chunked_head import NO_TARGET
 from opmix_dist.pool.calibration import Calibration, read_calibration
 from opmix_dist.search_config import CandidateConfig, ProbeConfig, SearchConfig
 from opmix_dist.settings import fields
-from opmix_dist.train.job import run_job
+from opmix_dist.train.roles import run_job
 from opmix_dist.validate.comparing import divergence
 from opmix_dist.validate.config import ValidateConfig, load_validate_config
 from opmix_dist.validate.job import validate
