@@ -345,7 +345,9 @@ def test_training_goes_on_during_an_asynchronous_search(tiny_data: Path, tmp_pat
     config["checkpoint"]["interval_steps"] = 0
     job = Job(config, ranks=3)
     run, search = job.run, job.run.search("0001")
-    job.wait_until(lambda: job.steps_done() > SEARCH_STEP, "steps after the request")
+    job.wait_until(search.request_file.exists, "a request")
+    seen = job.steps_done()
+    job.wait_until(lambda: job.steps_done() > seen, "a step after the request")
     with job.trainers_held(2):
         before = job.steps_done()
         assert run.mixtures()[1:] == []
@@ -354,7 +356,7 @@ def test_training_goes_on_during_an_asynchronous_search(tiny_data: Path, tmp_pat
     _, second = run.mixtures()
     assert second.changed
     assert (second.requested_step, search.request().step) == (SEARCH_STEP, SEARCH_STEP)
-    assert SEARCH_STEP < before <= second.step < 200
+    assert SEARCH_STEP <= seen < before <= second.step < 200
     switched = {line.mixture_version for line in run.train_lines() if line.step > second.step}
     assert switched == {1}
 
