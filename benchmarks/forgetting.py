@@ -19,7 +19,7 @@ from benchmarks.machine import describe, table
 from opmix_dist.config import check_config
 from opmix_dist.data.ingest import PrepareConfig, prepare
 from opmix_dist.exchange.rundir import RunDir
-from opmix_dist.train.job import run_job
+from opmix_dist.train.roles import run_job
 
 ROOT = Path(__file__).parent.parent
 OLD, NEW = ["json", "prose"], "python"
