@@ -50,10 +50,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "validate_small")
     parser.add_argument("--out", type=Path, default=RESULTS / "validate_small")
     parser.add_argument("--prefix", type=int, default=500, help="steps before the search")
-    parser.add_argument("--horizon", type=int, default=150, help="steps of probes and of real runs")
-    parser.add_argument("--mixtures", type=int, default=8, help="of the design, besides the named ones")
+    parser.add_argument("--horizon", type=int, default=100, help="steps of probes and of real runs")
+    parser.add_argument("--mixtures", type=int, default=6, help="of the design, besides the named ones")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of real runs' data order")
-    parser.add_argument("--samples", type=int, default=64, help="held-out samples of each domain")
+    parser.add_argument("--samples", type=int, default=32, help="held-out samples of each domain")
     parser.add_argument("--ranks", type=int, default=2)
     chosen = parser.parse_args()
     data = chosen.runs / "data"
