@@ -12,8 +12,8 @@ from opmix_dist.data.printable import printable
 
 
 class Terminal(Console):
-    """A console through which no text can drive the terminal: of what is drawn, only rich's own codes are sent
-    as they are, and square brackets are no markup."""
+    """A console through which no text can drive the terminal: only rich's own codes are sent as they are, and
+    square brackets are no markup."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "highlight": False, "emoji": False, **options})
