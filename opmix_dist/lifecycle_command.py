@@ -33,6 +33,7 @@ def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
     from opmix_dist.lifecycle.running import STOPPED, Lifecycle, chosen_stages, require_same_stages
     from opmix_dist.process import die_with_parent
     from opmix_dist.settings import to_yaml
+    from opmix_dist.telling import tell
 
     config = load_lifecycle(arguments.config, rest)
     stages = resolve(config)
@@ -47,7 +48,7 @@ def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
     code = lifecycle.run(chosen_stages(stages, only=arguments.only, first=arguments.first))
     if code == STOPPED:
         if lifecycle.is_leader:
-            print(f"opmix: {config.run_dir} was stopped; started again, it goes on", file=sys.stderr)
+            tell(f"opmix: {config.run_dir} was stopped; started again, it goes on", sys.stderr)
         # as of `opmix train`: torchrun would start ranks that fail again
         return 0 if has_launcher() else 128 + (lifecycle.received or signal.SIGTERM)
     return code if code >= 0 else 128 - code

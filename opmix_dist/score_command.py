@@ -150,10 +150,7 @@ def _rows(found: dict[str, Scored]) -> Iterator[dict[str, Any]]:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    from rich.markup import escape
     from rich.table import Table
-
-    from opmix_dist.data.printable import printable
 
     table = Table(title="Share of wrong replies")
     for column, justify in (("tasks", "left"), ("kind", "left"), ("examples", "right"), ("error", "right"),
@@ -162,7 +159,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         low, high = row["interval"]
         table.add_row(
-            escape(printable(row["file"])), row["kind"], f"{row['tasks']:,}", f"{row['error']:.1%}",
+            row["file"], row["kind"], f"{row['tasks']:,}", f"{row['error']:.1%}",
             f"{row['stderr']:.1%}", f"{low:.1%} to {high:.1%}",
         )  # fmt: skip
     return table

@@ -19,6 +19,7 @@ from opmix_dist.exchange.lifecycles import LIFECYCLE_FILE
 from opmix_dist.lifecycle.config import LifecycleConfig, Stage
 from opmix_dist.settings import changed_settings, to_yaml
 from opmix_dist.stopping import holding_signals
+from opmix_dist.telling import tell
 
 log = logging.getLogger(__name__)
 ENDED, REFUSED, STOPPED = 0, 2, 75
@@ -126,4 +127,4 @@ class Lifecycle:
     def _say(self, stage: Stage, text: str) -> None:
         if self.is_leader:
             at = [one.name for one in self.stages].index(stage.name) + 1
-            print(f"stage {at} of {len(self.stages)}, {stage.name}: {text}", flush=True)
+            tell(f"stage {at} of {len(self.stages)}, {stage.name}: {text}")
