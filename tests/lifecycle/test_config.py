@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from opmix_dist.config import RunConfig
+from opmix_dist.data.builtin_chat import RECIPES
 from opmix_dist.errors import UserError
 from opmix_dist.lifecycle.config import LifecycleConfig, Stage, load_lifecycle, resolve
 from opmix_dist.settings import check_settings, merged_settings, to_yaml
@@ -130,6 +131,10 @@ def test_what_cannot_be_is_told_before_anything_runs(tiny_data: Path, change: di
 
 
 def test_the_shipped_lifecycle_loads(tiny_data: Path) -> None:
+    """Its chats are built-in ones, which the tests' data lack: domains of text stand for them."""
     path = ROOT / "configs" / "lifecycle-tiny.yaml"
-    for stage in resolve(load_lifecycle(path, ["--all.data.root", str(tiny_data)])):
+    *_, instruct = load_lifecycle(path).stages
+    assert set(instruct["joins"]) == set(RECIPES)
+    data = ["--all.data.root", str(tiny_data), "--stages.instruct.joins", "[licences, stubs]"]
+    for stage in resolve(load_lifecycle(path, data)):
         assert 0 <= stage.config.search_step < stage.config.train.steps
