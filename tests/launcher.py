@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -124,6 +125,8 @@ def _server() -> str:
 def serve(listener: socket.socket) -> None:
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # collections in ranks would write to these pages, and copy them
     while True:
         ready, _, _ = select.select([listener, sys.stdin], [], [], 0.5)
         with contextlib.suppress(ChildProcessError):

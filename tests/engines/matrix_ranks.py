@@ -80,7 +80,7 @@ def build(world: World, name: str, seed: int) -> Engine:
 
 
 def write(world: World, out: Path) -> None:
-    """Of each layout of this size: 30 steps, a checkpoint after the first four, a snapshot after the last."""
+    """Of each layout of this size: a curve, a checkpoint after the first four, a snapshot after the last."""
     for name, layout in LAYOUTS.items():
         if layout.ranks == world.size:
             engine = build(world, name, seed=3)

@@ -24,7 +24,7 @@ from tests.pool.searches import answer, quick_config, request
 pytestmark = pytest.mark.launch
 
 CURVE = 1e-5
-"""Largest relative difference of a loss or gradient norm in 30 steps from the same weights, of any two."""
+"""Largest relative difference of a loss or gradient norm in a curve from the same weights, of any two."""
 CONTINUED = 1e-5
 """Of a step after a resume from the same step of the uninterrupted run; a moment or a step of AdamW that is
 missing makes per cents."""
@@ -46,7 +46,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def curves(out: Path) -> dict[str, Curve]:
-    """[loss, gradient norm] of 30 steps, by layout."""
+    """[loss, gradient norm] of each step, by layout."""
     return {name: json.loads((out / f"written {name}.json").read_text()) for name in LAYOUTS}
 
 
