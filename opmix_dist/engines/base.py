@@ -281,13 +281,16 @@ class Engine(ABC):
             state["beside"] = dict(self.beside)
         return state | {kind: self._state(kind) for kind in KINDS}
 
-    def load_state(self, read: Callable[[dict[str, Any]], None], *, optimizer: bool = True) -> None:
+    def load_state(
+        self, read: Callable[[dict[str, Any]], None], *, optimizer: bool = True, beside: bool = True
+    ) -> None:
         """Take over a state of any engine.
 
         Args:
             read: fills tensors that have the places of :meth:`state_dict` from the checkpoint; collective.
                 Asked for a part of the state at a time.
             optimizer: false: parameters only; AdamW starts anew.
+            beside: false: what is ``beside`` stays as it is.
         """
         for kind in KINDS if optimizer else KINDS[:1]:
             self._load(kind, read)
@@ -295,7 +298,7 @@ class Engine(ABC):
             step = torch.zeros(1, dtype=torch.int64)
             read({"step": step})
             self.optimizer_steps = int(step)
-        if self.beside:
+        if self.beside and beside:
             read({"beside": dict(self.beside)})
         self._after_loading()
 

@@ -200,10 +200,13 @@ class Checkpointer:
             files.remove_folder(self.run.damaged_checkpoint(old))
         return []
 
-    def load(self, engine: Engine, step: int) -> TrainerState:
+    def load(self, engine: Engine, step: int, *, beside: bool = True) -> TrainerState:
         """Collective. Restore the engine, whatever engine wrote it, on any number of trainer ranks: with the
         optimizer's state where it is that of the same optimizer, parameters only otherwise. The log says
         which.
+
+        Args:
+            beside: false: not what a training method keeps, which is another run's.
 
         Raises:
             UserError: the checkpoint is unfinished, lacks what the model has, or its files are not what a
@@ -223,7 +226,7 @@ class Checkpointer:
             dcp.load(part, storage_reader=reader, planner=SafePlanner(), process_group=self.group)
 
         try:
-            engine.load_state(read, optimizer=same)
+            engine.load_state(read, optimizer=same, beside=beside)
         except CheckpointException as error:
             raise UserError(
                 f"cannot load the checkpoint {folder} ({_reason(error)}): delete it to resume from the one "

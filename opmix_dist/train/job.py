@@ -362,7 +362,7 @@ class Job:
                 f"start.optimizer keep needs the checkpoint of step {last} in {run.checkpoints}, which is "
                 "missing: set it to fresh"
             )
-        state = earlier.load(engine, step)
+        state = earlier.load(engine, step, beside=False)
         if state.optimizer != engine.optimizer_name:
             raise UserError(
                 f"start.optimizer keep: {run.path} holds the state of {state.optimizer}, and this engine has "

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import checkpoint as dcp
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +21,7 @@ from opmix_dist.methods.conversations import Conversation, Text, documents
 from opmix_dist.methods.generation import parameter_of
 from opmix_dist.methods.on_policy import OnPolicy
 from opmix_dist.methods.replied import RepliedBatch
+from opmix_dist.train.checkpoint_storage import SafePlanner, SafeReader
 from opmix_dist.train.roles import run_job
 from tests.methods.on_policy_jobs import BATCH, LENGTH, built, job_config, make_data
 from tests.train.jobs import complete
@@ -145,6 +147,27 @@ def test_costs_are_those_of_the_passes(data: Path, tmp_path: Path) -> None:
     assert costs["generation"].flops == costs["generation"].tokens * flops.forward
     assert costs["generation"].seconds > 0
     assert costs["train"].flops == (student - BATCH * LENGTH) * flops.train()
+
+
+@pytest.mark.parametrize("earlier", [{"name": "plain"}, sdft(AVERAGED)])
+def test_moments_of_another_run_go_on_without_its_average(
+    data: Path, tmp_path: Path, earlier: dict[str, Any]
+) -> None:
+    """The average begins at the weights that the run starts from."""
+    run_job(check_config(job_config(data, tmp_path / "first", earlier, steps=2)))
+    settings = job_config(data, tmp_path / "run", sdft(AVERAGED))
+    settings |= {"model": {}, "start": {"run": str(tmp_path / "first"), "optimizer": "keep"}}
+    ended = run(settings | {"train": {**settings["train"], "steps": 1}})
+    begun = AutoModelForCausalLM.from_pretrained(RunDir(tmp_path / "first").export).state_dict()
+    name = "model.layers.0.mlp.up_proj.weight"
+    kept = {
+        "parameter": {name: torch.empty_like(begun[name])},
+        "beside": {f"teacher.{name}": torch.empty_like(begun[name])},
+    }
+    dcp.load(kept, storage_reader=SafeReader(ended.checkpoint(1)), planner=SafePlanner(), no_dist=True)
+    theta, average = kept["parameter"][name], kept["beside"][f"teacher.{name}"]
+    assert not torch.equal(theta, begun[name])
+    assert torch.allclose(average, 0.7 * begun[name] + 0.3 * theta)
 
 
 def test_replies_follow_seed_and_step(data: Path, tmp_path: Path) -> None:
