@@ -36,16 +36,8 @@ def write_comparison(runs: Sequence[RunDir], path: Path) -> Path:
 
 def named_apart(views: Sequence[RunView]) -> list[RunView]:
     """Runs of the same name get a number, so that each has one name of its own."""
-    taken: set[str] = set()
-    apart = []
-    for view in views:
-        name, number = view.name, 1
-        while name in taken:
-            number += 1
-            name = f"{view.name} ({number})"
-        taken.add(name)
-        apart.append(replace(view, name=name))
-    return apart
+    names = words.apart(view.name for view in views)
+    return [replace(view, name=name) for name, view in zip(names, views, strict=True)]
 
 
 class _Comparison:

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from opmix_dist.errors import UserError
+from opmix_dist.report import words
 from opmix_dist.report.courses import Course
 from opmix_dist.report.transfer import MeanMatrix
 
@@ -83,16 +84,8 @@ def _group(name: str, courses: Sequence[Course]) -> Group:
 
 def named_apart(groups: Sequence[Group]) -> list[Group]:
     """Groups of the same name get a number."""
-    taken: set[str] = set()
-    apart = []
-    for group in groups:
-        name, number = group.name, 1
-        while name in taken:
-            number += 1
-            name = f"{group.name} ({number})"
-        taken.add(name)
-        apart.append(Group(name, group.courses))
-    return apart
+    names = words.apart(group.name for group in groups)
+    return [Group(name, group.courses) for name, group in zip(names, groups, strict=True)]
 
 
 def _settings(course: Course) -> str:

@@ -1,8 +1,9 @@
-"""Numbers as people read them."""
+"""Numbers and names as people read them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from opmix_dist.exchange.schemas import Gain
 
@@ -74,3 +75,15 @@ def comparison(value: float, reference: float) -> str:
     """How ``value`` stands to ``reference``: "3.1% below" or "0.4% above"."""
     change = value / reference - 1
     return f"{abs(100 * change):.1f}% {'below' if change < 0 else 'above'}"
+
+
+def apart(names: Iterable[str]) -> list[str]:
+    """Names that come again get a number, so that all differ."""
+    taken: list[str] = []
+    for name in names:
+        unique, number = name, 1
+        while unique in taken:
+            number += 1
+            unique = f"{name} ({number})"
+        taken.append(unique)
+    return taken
