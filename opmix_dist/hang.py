@@ -95,7 +95,8 @@ class HangGuard:
             faulthandler.dump_traceback_later(LONG * self._limit_s, exit=True, file=_STDERR)
             before, at = at, time.monotonic()
             self._clock += min(at - before, 2 * self._beat_s)
-            for place in (self._place, *list(self._beside.values())):
+            # what is beside comes first: the main thread may wait for it since the same beat of the clock
+            for place in (*list(self._beside.values()), self._place):
                 if self._clock - place.since > place.limit_s:
                     return self._give_up(place)
 

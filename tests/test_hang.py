@@ -101,6 +101,15 @@ def test_work_beside_must_end_though_the_main_thread_goes_on(tmp_path: Path) -> 
     assert "writing a snapshot without progress for 0.8 s" in file.read_text()
 
 
+def test_what_is_waited_for_is_named_not_who_waits(tmp_path: Path) -> None:
+    with guarded(tmp_path) as (guard, ends):
+        guard.beside("writing a checkpoint")
+        guard.enter("checkpoint", 6)  # within the same beat, and as long a place
+        wait(lambda: ends)
+    (file,) = tmp_path.iterdir()
+    assert "writing a checkpoint without progress" in file.read_text()
+
+
 def test_time_in_which_the_process_does_not_run_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
