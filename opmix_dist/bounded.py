@@ -16,8 +16,11 @@ from typing import Any
 from opmix_dist.errors import UserError
 
 
-def open_ordinary(path: Path) -> int:
-    """Descriptor of an ordinary file, open for reading; symbolic links are followed.
+def open_ordinary(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Descriptor of an ordinary file.
+
+    Args:
+        flags: as of os.open; symbolic links are followed where they do not say otherwise.
 
     Raises:
         FileNotFoundError: it is missing.
@@ -26,9 +29,9 @@ def open_ordinary(path: Path) -> int:
     """
     try:
         # a pipe without a writer would block already when it is opened
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO):
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
             raise UserError(f"{path} is no ordinary file: remove it") from None
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
 import logging
 import os
 import signal
-import stat
 import sys
 from pathlib import Path
 from typing import IO, NoReturn
 
+from opmix_dist.bounded import open_ordinary
 from opmix_dist.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -63,17 +62,7 @@ def end_process(code: int) -> NoReturn:
 
 def _open_lock(path: Path) -> IO[str]:
     """UserError where somebody has put something else in its place: what a link leads to would be emptied."""
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        descriptor = os.open(path, flags, 0o666)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EISDIR):
-            raise UserError(f"{path} is no ordinary file: remove it") from None
-        raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise UserError(f"{path} is no ordinary file: remove it")
-    return open(descriptor, "a+")
+    return open(open_ordinary(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW), "a+")
 
 
 def lock_run(folder: Path) -> IO[str]:
