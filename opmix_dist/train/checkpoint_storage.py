@@ -158,6 +158,7 @@ class _PlainTensors(_StorageReaderTransforms):
             raise UserError(f"{name} is packed ({', '.join(transform_descriptors)}): not as it was written")
         try:
             _check_tensor_file(raw_stream)
+        # zipfile raises the last two for archives that are compressed in unknown ways, or encrypted
         except (zipfile.BadZipFile, pickle.UnpicklingError, NotImplementedError, RuntimeError) as error:
             raise UserError(f"{name} is no tensor's file: {error}") from None
         raw_stream.seek(0)

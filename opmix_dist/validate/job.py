@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ from opmix_dist.validate.results import FULL, PROBES, SNAPSHOT, Measured, valida
 from opmix_dist.validate.simulators import Simulator, fill_model, own_model
 from opmix_dist.validate.ways import ProbeWays, Way, by_full_parameters, by_snapshot, telling_steps
 
+R = TypeVar("R")
 log = logging.getLogger(__name__)
 EXPECTED = (UserError, SearchError, ValueError, OSError)
 
@@ -121,9 +122,8 @@ class _Validating:
         self._train(self._needed(todo))
         for name in self.ways:
             self._compare(name, [job for job in todo if job.way == name])
-        found: list[Validation] = []
-        self._together(lambda: found.append(self._conclude()) if self.world.is_leader else None)
-        return (found[0], self.folder) if found else None
+        found = self._together(lambda: self._conclude() if self.world.is_leader else None)
+        return (found, self.folder) if found else None
 
     def _open(self) -> None:
         config: SharedConfig = self.run_dir.any_config()
@@ -188,10 +188,9 @@ class _Validating:
             missing, probes = groups.missing(), groups.config.search.probes
             on_step = telling_steps(name, probes.steps, self.world.is_leader)
             if missing:
-                model: list[PreTrainedModel] = []
-                self._together(lambda found=model: found.append(self._load(self.source)))  # type: ignore[misc]
+                model = self._together(partial(self._load, self.source))
                 with self.ledger.timed("probes"):
-                    self._together(partial(groups.train, model[0], missing, on_step))
+                    self._together(partial(groups.train, model, missing, on_step))
                 flops = count_flops(self.source.build(), self.catalogue.sequence_length, probes.rank)
                 tokens = sum(map(len, missing)) * groups.tokens_each
                 self.ledger.add("probes", flops=tokens * flops.probe(), tokens=tokens)
@@ -352,17 +351,19 @@ class _Validating:
             found["probes"] = self.ledger.costs["probes"].model_copy(update={"possible_flops": None})
         return found
 
-    def _together(self, work: Callable[[], object]) -> None:
-        """Run ``work``, which communicates within teams only; if it fails on one rank, UserError on all."""
-        failure = None
+    def _together(self, work: Callable[[], R]) -> R:
+        """What ``work`` returns, which communicates within teams only; if it fails on one rank, UserError on
+        all. Collective."""
+        failure, result = None, None
         try:
-            work()
+            result = work()
         except EXPECTED as error:
             failure = str(error) or type(error).__name__
         try:
             self.world.agree(failure)
         except PeerError as error:
             raise UserError(failure or str(error)) from None
+        return cast(R, result)  # no rank has failed, this one neither
 
     def _free(self) -> None:
         gc.collect()
