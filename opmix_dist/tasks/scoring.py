@@ -47,7 +47,9 @@ class Scored:
 
     errors: [N] float64, 0..1.
     replies: the model's; of multiple choice by likelihood, the choice.
-    tokens: that were computed for replies, and for likelihoods.
+    generated_tokens, scored_tokens: that were computed for replies and for likelihoods, prompts and padding
+        included.
+    kinds: of the tasks.
     """
 
     errors: np.ndarray
