@@ -13,7 +13,8 @@ from benchmarks.lifecycle import lives, methods, results
 from benchmarks.lifecycle.__main__ import main
 from opmix_dist.config import RunConfig
 from opmix_dist.exchange import files
-from opmix_dist.lifecycle.config import resolve
+from opmix_dist.lifecycle.config import Stage, resolve
+from opmix_dist.settings import to_yaml
 from tests.conftest import DOMAINS
 from tests.report.runs import STAGE_NAMES, write_lifecycle
 from tests.train.jobs import tiny_config
@@ -110,7 +111,7 @@ def test_the_page_of_what_has_ended(tmp_path: Path) -> None:
             found.append(lives.Life(name, method, seed, folder, {"stages": stage_list}))
     assert all(life.has_ended for life in found)
     compared = results.compare(found)
-    text = results.markdown(compared, {life.name: life.method.what for life in found}, "command")
+    text = results.markdown(compared, found, "command")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     # averages (3.75 + 2.25 + 4) / 3 - 1 and 0.1 more with the other seed; forgetting (0.75 + 0.25) / 2 - 1
     assert ["retrain", "2", "2.3833 ± 0.0707", "2.0500 ± 0.0707"] in [row[:4] for row in rows]
@@ -119,8 +120,10 @@ def test_the_page_of_what_has_ended(tmp_path: Path) -> None:
         "naive: 50.0% less compute than retrain, in FLOPs: 9 T (train 9 T) against 18 T (train 18 T)" in text
     )
     assert "midtrain | 3.5000 (+0.5000) | 2.0000 joins | 7.0000 |" in text
-    (line,) = results.teachers(found)
-    assert line.startswith("distill's teacher is the end of naive, whose last stage cost 3 T FLOPs more")
+    assert (
+        "- distill with its teacher: 33.3% less compute than retrain, in FLOPs: 12 T "
+        "(train 9 T + last stage of naive, its teacher, 3 T) against 18 T (train 18 T)\n" in text
+    )
     json.dumps(results.as_json(compared), allow_nan=False)
 
 
@@ -133,5 +136,36 @@ def test_tasks_are_scored_from_the_stage_before_they_join(tmp_path: Path) -> Non
     assert lives._scored_stages(life, []) == []
     for stage in scored:
         files.write_json(stage / "scores.json", {"model": "m", "rows": []})
-    assert lives.run(life, [tmp_path / "d2"], 10), "there is nothing left to do, and nothing is started"
+    assert lives.run(life, [life], [tmp_path / "d2"], 10)  # nothing is left to do, and nothing is started
     assert not folder.with_suffix(".log").exists()
+
+
+def test_first_stages_that_are_the_same_are_taken_over(config: Path, tmp_path: Path) -> None:
+    def resolved(name: str, seed: int = 3) -> list[Stage]:
+        base = yaml.safe_load(config.read_text())
+        return resolve(lives.checked(lives.life(base, STEPS, tmp_path, name, methods.METHODS[name], seed)))
+
+    naive = resolved("naive")
+    for stage in naive:
+        stage.run.path.mkdir(parents=True)
+        stage.run.config_file.write_text(to_yaml(stage.config))
+        (stage.run.path / "weights").write_text(f"naive {stage.name}")
+    for stage in naive[:2]:
+        files.write_json(stage.run.summary_file, {})
+
+    def taken(name: str, seed: int = 3) -> list[str]:
+        stages = resolved(name, seed)
+        lives.take_over(stages, [resolved("opmix"), naive])
+        there = [stage for stage in stages if stage.run.path.exists()]
+        assert all(stage.run.config() == stage.config for stage in there), "it is a run of its own folder"
+        assert [(stage.run.path / "weights").read_text() for stage in there] == [
+            f"naive {stage.name}" for stage in there
+        ]
+        return [stage.name for stage in there]
+
+    assert taken("sdft") == ["a", "b"], "the last stage differs, and has not ended"
+    assert taken("replay") == ["a"]
+    assert taken("opmix") == taken("sdft", seed=4) == []
+    files.write_json(naive[2].run.summary_file, {})
+    assert taken("mas") == ["a"], "its second stage is another, so the third goes on from something else"
+    assert taken("sdft") == ["a", "b"], "what is there stays"

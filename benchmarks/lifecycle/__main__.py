@@ -65,7 +65,8 @@ def _main(arguments: argparse.Namespace, command: str) -> int:
         _show(planned)
         return 0
     tasks = lives.tasks_of(base, root)
-    bad = _run_all(planned, partial(lives.run, tasks=tasks, most_tasks=arguments.tasks), arguments.jobs)
+    run = partial(lives.run, others=planned, tasks=tasks, most_tasks=arguments.tasks)
+    bad = _run_all(planned, run, arguments.jobs)
     ended = [life for life in planned if life not in bad]
     if ended:
         _write(ended, arguments.out, f"python -m benchmarks.lifecycle {command}".strip())
@@ -96,9 +97,7 @@ def _run_all(planned: Sequence[lives.Life], run: Any, jobs: int) -> list[lives.L
 
 def _write(ended: Sequence[lives.Life], out: Path, command: str) -> None:
     compared = results.compare(ended)
-    whats = {life.name: life.method.what for life in ended}
-    text = results.markdown(compared, whats, command)
-    text += "".join(f"\n{line}.\n" for line in results.teachers(ended))
+    text = results.markdown(compared, ended, command)
     print(text)
     out.mkdir(parents=True, exist_ok=True)
     (out / "lifecycle.md").write_text(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,18 +13,16 @@ from typing import Any
 
 import yaml
 
-from benchmarks.lifecycle.methods import Method, described
+from benchmarks.lifecycle.methods import MOST_TOKENS, Method, described
 from opmix_dist.data.builtin_chat import RECIPES
 from opmix_dist.data.catalogue import TASKS_FILE
 from opmix_dist.exchange.lifecycles import stage_folders
 from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.exchange.scores import FILE as SCORES
-from opmix_dist.lifecycle.config import LifecycleConfig
-from opmix_dist.settings import check_settings
+from opmix_dist.lifecycle.config import LifecycleConfig, Stage, resolve
+from opmix_dist.settings import changed_settings, check_settings, to_yaml
 
 ROOT = Path(__file__).parent.parent.parent
-MOST_TOKENS = 48
-"""Of a reply to a task."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +70,43 @@ def checked(life: Life) -> LifecycleConfig:
     return check_settings(LifecycleConfig, life.settings)
 
 
-def run(life: Life, tasks: Sequence[Path], most_tasks: int) -> bool:
+def run(life: Life, others: Sequence[Life], tasks: Sequence[Path], most_tasks: int) -> bool:
     """Whether it has come to its end, with its scores. ``opmix lifecycle`` itself passes over stages that
-    have ended, and goes on in one that has not."""
+    have ended, and goes on in one that has not.
+
+    Args:
+        others: lifecycles whose first stages are taken over where they are the same and have ended.
+    """
     life.folder.mkdir(parents=True, exist_ok=True)
     life.file.write_text(yaml.safe_dump(dict(life.settings), sort_keys=False))
     log = life.folder.with_suffix(".log")
-    if not life.has_ended and not _call(log, "lifecycle", str(life.file)):
-        return False
+    if not life.has_ended:
+        take_over(resolve(checked(life)), [resolve(checked(one)) for one in others])
+        if not _call(log, "lifecycle", str(life.file)):
+            return False
     return all(_score(stage, tasks, most_tasks, log) for stage in _scored_stages(life, tasks))
+
+
+def take_over(stages: Sequence[Stage], others: Sequence[Sequence[Stage]]) -> None:
+    """Copy the first stages from another lifecycle that has ended them with the same settings. A run with
+    the same settings and seed ends the same to the last bit, so to train it again would tell nothing."""
+    for i, stage in enumerate(stages):
+        same = [other[i] for other in others if _begin_alike(stages, other, i + 1) and other[i].has_ended]
+        if stage.run.path.exists() or not same:
+            return
+        part = stage.run.path.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(same[0].run.path, part)
+        RunDir(part).config_file.write_text(to_yaml(stage.config))
+        part.rename(stage.run.path)
+
+
+def _begin_alike(stages: Sequence[Stage], others: Sequence[Stage], count: int) -> bool:
+    """Whether the first ``count`` differ in their folders alone."""
+    pairs = list(zip(stages, others, strict=False))[:count]
+    return len(pairs) == count and not any(
+        changed_settings(one.config, other.config, ("run_dir", "start.run")) for one, other in pairs
+    )
 
 
 def _scored_stages(life: Life, tasks: Sequence[Path]) -> list[Path]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks.lifecycle.lives import Life
 from benchmarks.machine import describe, table
-from opmix_dist.report import words
 from opmix_dist.report.comparable import checks
 from opmix_dist.report.compare_tables import cells, notes, stage_rows, values
 from opmix_dist.report.compared import AVERAGE, ERRORS, FORGETTING, LOSSES, STAGES, TOTAL, Compared
-from opmix_dist.report.compute import UNITS
+from opmix_dist.report.compute import UNITS, less_compute, mean_amounts
 from opmix_dist.report.courses import read_course
 from opmix_dist.report.groups import group_as_named
 
@@ -40,20 +39,19 @@ def as_json(compared: Compared) -> dict[str, Any]:
     return {"machine": describe("torch", "transformers")} | values(compared, checks(compared.groups))
 
 
-def markdown(compared: Compared, whats: Mapping[str, str], command: str) -> str:
-    """The whole page.
-
-    Args:
-        whats: what each method is.
-        command: that made it.
-    """
-    return "\n\n".join(_parts(compared, whats, command)) + "\n"
+def markdown(compared: Compared, lives: Sequence[Life], command: str) -> str:
+    """The whole page; ``command`` made it, of ``lives``."""
+    return "\n\n".join(_parts(compared, lives, command)) + "\n"
 
 
-def _parts(compared: Compared, whats: Mapping[str, str], command: str) -> Iterator[str]:
+def _parts(compared: Compared, lives: Sequence[Life], command: str) -> Iterator[str]:
+    whats = {life.name: life.method.what for life in lives}
     baseline = compared.groups[0].name
     yield "# A lifecycle by several methods"
-    yield f"`{command}`; {describe('torch', 'transformers')}."
+    yield (
+        f"`{command}`; {describe('torch', 'transformers')}. Stages that are the same in several methods were "
+        "run once, and are counted in each."
+    )
     yield "\n".join(f"- {group.name}: {whats[group.name]}" for group in compared.groups)
     shown = [(row, title) for section, label, title in COLUMNS if (row := compared.row(section, label))]
     seeds = [str(len(group.courses)) for group in compared.groups]
@@ -72,7 +70,8 @@ def _parts(compared: Compared, whats: Mapping[str, str], command: str) -> Iterat
         ]
         yield table(["", *(title for _, title in shown)], rows)
     yield "## Compute"
-    yield "\n".join(f"- {line}" for line in [*compared.compute_lines(), *compared.uncounted()])
+    lines = [*compared.compute_lines(), *with_teachers(lives), *compared.uncounted()]
+    yield "\n".join(f"- {line}" for line in lines)
     yield "## Is it comparable?"
     answers = {True: "yes", False: "no", None: "not known"}
     yield "\n".join(f"- {one.what}: {answers[one.same]}; {one.text}" for one in checks(compared.groups))
@@ -83,14 +82,17 @@ def _parts(compared: Compared, whats: Mapping[str, str], command: str) -> Iterat
         yield f"{group.name}:\n\n{table(['', *domains], rows)}"
 
 
-def teachers(lives: Sequence[Life]) -> Iterator[str]:
-    """What a method's own ledger does not have: the training of its teacher."""
+def with_teachers(lives: Sequence[Life]) -> Iterator[str]:
+    """How methods with a teacher stand to the first one, where the teacher's training is counted too: its
+    last stage, since those before it are the student's own as well."""
+    names = list(dict.fromkeys(life.name for life in lives))
+    courses = {name: [read_course(life.folder) for life in lives if life.name == name] for name in names}
     for name, teacher in dict.fromkeys((life.name, life.method.teacher) for life in lives):
-        if teacher is None:
+        if teacher is None or name == names[0]:
             continue
-        found = [read_course(life.folder).last.summary.costs for life in lives if life.name == teacher]
-        flops = sum(cost.flops for costs in found for cost in costs.values()) / len(found)
-        yield (
-            f"{name}'s teacher is the end of {teacher}, whose last stage cost {words.si(flops)} FLOPs more; "
-            "they are not in the table"
-        )
+        for unit in UNITS:
+            parts = mean_amounts([course.costs for course in courses[name]], unit)
+            trained = mean_amounts([course.last.summary.costs for course in courses[teacher]], unit)
+            parts[f"last stage of {teacher}, its teacher,"] = sum(trained.values())
+            whole = mean_amounts([course.costs for course in courses[names[0]]], unit)
+            yield less_compute(f"{name} with its teacher", parts, names[0], whole, unit)
