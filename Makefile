@@ -55,6 +55,11 @@ evidence-small: setup ## the small benchmark that the documentation quotes
 .PHONY: evidence-lifecycle
 evidence-lifecycle: setup ## methods over the stages of configs/lifecycle-tiny.yaml, three seeds each; long, and goes on when stopped
 	$(BIN)/python -m benchmarks.lifecycle
+
+.PHONY: soak-lifecycle
+soak-lifecycle: setup ## configs/lifecycle-tiny.yaml killed at random times, against one that is not; some 25 minutes
+	$(BIN)/python -m benchmarks.lifecycle.kills
+
 .PHONY: validate-small
 validate-small: setup ## is the simulation true? Real runs beside a pretraining and a midtraining search, tiny, on two cores
 	$(BIN)/python -m benchmarks.validate_small
