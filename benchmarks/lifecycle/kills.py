@@ -147,13 +147,14 @@ def _told(run: RunDir) -> tuple[object, object]:
 def _page(chosen: argparse.Namespace, kills: list[Kill], differences: list[str]) -> str:
     rows = [[n, kill.way, kill.where, kill.code] for n, kill in enumerate(kills, 1)]
     counts = ", ".join(f"{count} {way}" for way, count in sorted(Counter(kill.way for kill in kills).items()))
+    how = " ".join(["python -m benchmarks.lifecycle.kills", *sys.argv[1:]])
     verdict = (
         "Held-out losses, mixtures and weights of all stages are those of the undisturbed one to the bit."
     )
     if differences:
         verdict = f"Differs: {'; '.join(differences)}."
     return (
-        f"# A lifecycle that is killed at random times\n\n{how}, {chosen.config.name}; {describe('torch')}. "
+        f"# A lifecycle that is killed at random times\n\n`{how}`, {chosen.config.name}; {describe('torch')}. "
         f"{len(kills)} signals ({counts}), then to its end. {verdict}\n\n"
         f"{table(['', 'signal', 'in', 'exit code'], rows)}\n"
     )
