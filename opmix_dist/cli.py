@@ -108,7 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     add_what_if(commands)
     add_validate_command(commands)
 
-    report = commands.add_parser("report", help="write RUN/report.html; of several runs, a comparison")
+    report = commands.add_parser(
+        "report", help="write RUN/report.html, of a lifecycle its stages'; of several runs, a comparison"
+    )
     report.add_argument(
         "run_dirs", nargs="+", type=Path, metavar="RUN", help="of several, the baseline first"
     )
@@ -268,10 +270,18 @@ def _pool(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _report(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from opmix_dist.exchange.lifecycles import is_lifecycle, runs_in
     from opmix_dist.exchange.rundir import RunDir
     from opmix_dist.report.comparison import COMPARISON_FILE, write_comparison
     from opmix_dist.report.html import write_report
 
+    first = arguments.run_dirs[0]
+    if len(arguments.run_dirs) == 1 and is_lifecycle(first) and not (arguments.baseline or arguments.out):
+        for stage in runs_in(first):
+            if stage.config_file.exists():
+                tell(str(write_report(stage)))
+        tell(f"`opmix compare {first}` makes the table of its stages and domains")
+        return
     runs = [RunDir(path) for path in arguments.run_dirs]
     if len(runs) > 1:
         if arguments.baseline:

@@ -17,7 +17,8 @@ from opmix_dist.telling import tell
 
 if TYPE_CHECKING:
     from opmix_dist.exchange.rundir import RunDir
-    from opmix_dist.launch.records import SlurmOptions
+    from opmix_dist.launch.records import LaunchDir, SlurmOptions
+    from opmix_dist.launch.work import Work
 
 FAILED = 1
 NO_ANSWER = 69
@@ -26,7 +27,9 @@ NO_ANSWER = 69
 
 def add_launch_commands(commands: Any) -> None:
     """Add what starts, watches and stops runs to the subcommands of ``opmix``."""
-    launch = commands.add_parser("launch", help="start a run: on this machine, on several, or on SLURM")
+    launch = commands.add_parser(
+        "launch", help="start a run or a lifecycle: on this machine, on several, or on SLURM"
+    )
     kinds = launch.add_subparsers(dest="launcher", required=True)
     _add_local(kinds)
     _add_torchrun(kinds)
@@ -38,8 +41,8 @@ def add_launch_commands(commands: Any) -> None:
         description=f"Ends with status {FAILED} when a run failed, and {NO_ANSWER} when SLURM could not be "
         "asked, which says nothing about the run.",
     )
-    status.add_argument("run_dirs", nargs="+", type=Path, help="run directories, or that of an array")
-    status.add_argument("--json", action="store_true", help="a line of JSON for each run")
+    status.add_argument("run_dirs", nargs="+", type=Path, help="folders of runs, lifecycles or arrays")
+    status.add_argument("--json", action="store_true", help="a line of JSON for each")
     status.set_defaults(run=_asking(_status))
 
     cancel = commands.add_parser(
@@ -142,53 +145,54 @@ def _asking(command: Callable[..., int]) -> Callable[..., int]:
 
 
 def _local(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from opmix_dist.launch.starting import check_allocation, load_run
+    from opmix_dist.launch.work import load_work
 
-    config = load_run(arguments.config, rest)
-    check_allocation(config, range(1, 2), arguments.ranks)
-    return _start_here(arguments, config, arguments.ranks)
+    work = load_work(arguments.config, rest)
+    work.check_allocation(range(1, 2), arguments.ranks)
+    return _start_here(arguments, work, arguments.ranks)
 
 
 def _torchrun(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from opmix_dist.launch.starting import check_allocation, load_run
+    from opmix_dist.launch.work import load_work
 
     if not 0 <= arguments.node_rank < arguments.nodes:
         raise UserError(f"--node-rank {arguments.node_rank} is none of 0 to {arguments.nodes - 1}")
-    config = load_run(arguments.config, rest)
-    check_allocation(config, range(arguments.nodes, arguments.nodes + 1), arguments.ranks_per_node)
+    work = load_work(arguments.config, rest)
+    work.check_allocation(range(arguments.nodes, arguments.nodes + 1), arguments.ranks_per_node)
     place = {name: getattr(arguments, name) for name in ("nodes", "node_rank", "head", "port")}
-    return _start_here(arguments, config, arguments.ranks_per_node, **place)
+    return _start_here(arguments, work, arguments.ranks_per_node, **place)
 
 
-def _start_here(arguments: argparse.Namespace, config: Any, ranks: int, **place: Any) -> int:
-    from opmix_dist.exchange.rundir import RunDir
-    from opmix_dist.launch.local import environment, shown, torchrun_command
+def _start_here(arguments: argparse.Namespace, work: Work, ranks: int, **place: Any) -> int:
+    from opmix_dist.launch.local import environment, shown
+
+    if arguments.dry_run:
+        print(shown(_torchrun_command(work, ranks, **place), environment(ranks).items()))
+        return 0
+    return _run_and_record(work, ranks, **place)
+
+
+def _torchrun_command(work: Work, ranks: int, **place: Any) -> list[str]:
+    from opmix_dist.launch.local import torchrun_command
     from opmix_dist.launch.records import LaunchDir
 
-    run = RunDir(config.run_dir)
-    command = torchrun_command(str(LaunchDir(run).config_file), ranks, **place)
-    if arguments.dry_run:
-        print(shown(command, environment(ranks).items()))
-        return 0
-    return _run_and_record(run, config, ranks, command, records=place.get("node_rank", 0) == 0)
+    return torchrun_command([work.command, str(LaunchDir(work.folder).config_file)], ranks, **place)
 
 
-def _run_and_record(run: RunDir, config: Any, ranks: int, command: list[str], *, records: bool) -> int:
+def _run_and_record(work: Work, ranks: int, **place: Any) -> int:
     from opmix_dist.launch.local import environment, run_here
     from opmix_dist.launch.records import Launch, LaunchDir, LocalProcess, now
     from opmix_dist.launch.watching import require_idle
-    from opmix_dist.settings import to_yaml
 
-    launched = LaunchDir(run)
+    launched, records = LaunchDir(work.folder), place.get("node_rank", 0) == 0
     if records and launched.file.exists():
-        require_idle(run, launched.read())
-    # machines that share the folder write the same
-    launched.write_text(launched.config_file, to_yaml(config))
+        require_idle(work.folder, launched.read())
+    work.write()  # machines that share the folder write the same
     if records:
         launched.begin_anew()
         local = LocalProcess(host=os.uname().nodename, pid=os.getpid(), ranks=ranks, at=now())
         launched.write(Launch(cwd=os.getcwd(), local=local))
-    return run_here(command, environment(ranks), run)
+    return run_here(_torchrun_command(work, ranks, **place), environment(ranks), work.folder.path)
 
 
 def _slurm_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -219,9 +223,9 @@ def _slurm(arguments: argparse.Namespace, rest: list[str]) -> int:
     given.setdefault("pool_ranks_per_node", given["pool_gpus_per_node"] or 1)
     given.setdefault("python", sys.executable)
     sweep = Sweep(arguments.configs, parse_vary(arguments.vary))
-    configs = sweep.load(rest, external_pool=bool(given.get("pool_nodes")))
-    given.setdefault("job_name", Path(configs[0].run_dir).name)
-    start = SlurmStart(_checked(given), configs, os.getcwd())
+    works = sweep.load(rest, external_pool=bool(given.get("pool_nodes")))
+    given.setdefault("job_name", works[0].folder.path.name)
+    start = SlurmStart(_checked(given), works, os.getcwd())
     if arguments.dry_run:
         print(start.script())
         print(f"# submitted by: sbatch --parsable {start.home.script}")
@@ -249,8 +253,9 @@ def _status(arguments: argparse.Namespace, rest: list[str]) -> int:
             print(json.dumps({"run": status.run, "no_answer": status.no_answer, **status.facts}))
             continue
         tell(status.run)
+        width = max(12, *(len(what) + 1 for what, _ in status.lines))
         for what, how in status.lines:
-            tell(f"  {what:<12}{how}")
+            tell(f"  {what:<{width}}{how}")
     if any(status.no_answer for status in found):
         return NO_ANSWER
     return FAILED if any(status.failed for status in found) else 0
@@ -300,25 +305,35 @@ def _cancel_here(run: RunDir, *, now: bool) -> int:
 
 
 def _resume(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from opmix_dist.exchange.lifecycles import has_ended
     from opmix_dist.exchange.rundir import RunDir
-    from opmix_dist.launch.local import torchrun_command
     from opmix_dist.launch.records import LaunchDir
-    from opmix_dist.launch.starting import check_allocation, load_run, resume_on_slurm
+    from opmix_dist.launch.starting import resume_on_slurm
+    from opmix_dist.launch.work import load_work
 
     run = RunDir(arguments.run_dir.absolute())
-    if run.summary_file.exists():
+    if has_ended(run.path):
         raise UserError(f"{run.path} has ended: there is nothing to resume")
     launched = LaunchDir(run)
     launch = launched.read_own()
     if launch.runs:
         raise UserError(f"{run.path} is an array of runs: resume those of {launch.runs[0]} ... that want it")
+    _enter(launch.cwd, launched)
     if launch.options is not None:
         tell(f"job {resume_on_slurm(run, _slurm_options(arguments), rest)}: {run.path}")
         return 0
     assert launch.local is not None
     ranks = arguments.ranks or launch.local.ranks
-    config = load_run(launched.config_file, rest).model_copy(update={"run_dir": str(run.path)})
-    check_allocation(config, range(1, 2), ranks)
-    os.chdir(launch.cwd)
-    command = torchrun_command(str(launched.config_file), ranks)
-    return _run_and_record(run, config, ranks, command, records=True)
+    work = load_work(launched.config_file, rest, place=lambda _: str(run.path))
+    work.check_allocation(range(1, 2), ranks)
+    return _run_and_record(work, ranks)
+
+
+def _enter(folder: str, launched: LaunchDir) -> None:
+    """Relative paths of the configuration start there."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise UserError(
+            f"{launched.file}: cannot enter {folder}, where it was started: {error.strerror}"
+        ) from None

@@ -140,7 +140,9 @@ class ProposalConfig(Section):
         "effective", description="x = C^T u; `paper` takes a domain's probe as the pure domain"
     )
     max_increase: Rise | dict[str, Rise] | None = Field(
-        None, description="nats that a domain's loss may rise above the snapshot's, for all or by name"
+        None,
+        description="nats that a domain's loss, or by search.metric tasks its error rate, may rise above the "
+        "snapshot's, for all or by name",
     )
     floors: dict[str, Share] = Field(default_factory=dict, description="least share of a domain, by name")
     caps: dict[str, Share] = Field(default_factory=dict, description="largest share of a domain, by name")

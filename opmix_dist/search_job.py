@@ -20,6 +20,7 @@ from opmix_dist.exchange import files
 from opmix_dist.exchange.opening import open_run
 from opmix_dist.exchange.rundir import RunDir, SearchDir, write_record
 from opmix_dist.exchange.schemas import Proposal, SearchRequest, SearchStage
+from opmix_dist.exchange.units import Units
 from opmix_dist.faults import points
 from opmix_dist.logs import set_up_logging
 from opmix_dist.mixture_files import MixtureSource, write_mixture_files
@@ -186,7 +187,7 @@ def _tell(run: RunDir, proposal: Proposal, sources: Mapping[str, MixtureSource])
     """Tables and decision, the report, and the mixture for other trainers."""
     console = open_console()
     search = run.search(proposal.search)
-    laws = [law_table(search.fit())] if search.fit_file.exists() else []
+    laws = [law_table(search.fit(), Units.of(proposal))] if search.fit_file.exists() else []
     for table in (*proposal_tables(proposal), *laws):
         console.print(table)
     for warning in proposal.warnings:

@@ -12,6 +12,7 @@ from opmix_dist.errors import UserError
 from opmix_dist.exchange.files import read_json
 from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.exchange.schemas import Finite, SearchRequest, SearchStage
+from opmix_dist.exchange.units import Units
 from opmix_dist.fit.analysis import analyse
 from opmix_dist.fit.config import load_fit_config
 from opmix_dist.fit.outputs import PROPOSAL, SETTINGS
@@ -29,7 +30,7 @@ from opmix_dist.seeds import derive_seed
 RESAMPLED = 100
 """Laws behind the intervals, where the search itself made none."""
 SAME = 1e-4
-"""Nats by which a law that is fitted again may differ: more is another law."""
+"""By how much a loss of a law that is fitted again may differ: more is another law."""
 
 NO_LAWS = (
     "this search descended along gradients without laws: these were fitted to what it evaluated on its way, "
@@ -103,6 +104,7 @@ def _of_run(run: RunDir, name: str | None, confidence: float | None, resampled: 
         proposal=u,
         confidence=confidence or settings.proposal.confidence,
         notes=notes,
+        units=Units.of(proposed),
     )
 
 
@@ -190,7 +192,7 @@ def _differences(losses: np.ndarray, recorded: Mapping[str, float]) -> tuple[str
     if apart[worst] <= SAME:
         return ()
     return (
-        f"fitted again, the law's loss of {worst} at the proposal is {apart[worst]:.4f} nats from what "
+        f"fitted again, the law's loss of {worst} at the proposal is {apart[worst]:.4f} from what "
         "proposal.json has: settings, files or this program have changed since",
     )
 

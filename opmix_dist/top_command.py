@@ -20,9 +20,9 @@ _WEB_FONT = re.compile(r"@font-face\s*\{[^}]*\}\s*")
 def add_top_command(commands: argparse._SubParsersAction[Any]) -> None:
     top = commands.add_parser(
         "top",
-        help="watch a run: progress, speed, mixture, search, warnings",
-        description="Shows a run directory until the run has ended, or until Ctrl-C. It only reads, from any "
-        "machine that sees the directory.",
+        help="watch a run or a lifecycle: progress, speed, mixture, search, warnings",
+        description="Shows a run directory until the run has ended, or until Ctrl-C; of a lifecycle, the stage "
+        "that is under way. It only reads, from any machine that sees the directory.",
     )
     top.add_argument("run_dir", type=Path, metavar="RUN")
     top.add_argument("--once", action="store_true", help="print once and stop, as where there is no terminal")
@@ -44,28 +44,26 @@ def _top(arguments: argparse.Namespace, rest: list[str]) -> None:
     from rich.live import Live
 
     from opmix_dist.exchange.files import write_bytes
-    from opmix_dist.exchange.rundir import RunDir
-    from opmix_dist.observe.glance import glance
-    from opmix_dist.observe.screen import Screen
+    from opmix_dist.observe.follow import Follower
     from opmix_dist.terminal import Terminal
 
-    run, screen = RunDir(arguments.run_dir), Screen()
+    follower = Follower(arguments.run_dir)
     if arguments.svg is not None:
         picture = Terminal(record=True, width=WIDTH, file=io.StringIO())
-        picture.print(screen.draw(glance(run)))
-        svg = picture.export_svg(title=f"opmix top {run.path.name}")
+        picture.print(follower.look())
+        svg = picture.export_svg(title=f"opmix top {arguments.run_dir.name}")
         write_bytes(arguments.svg, _WEB_FONT.sub("", svg).encode())
         return
     console = Terminal()
     if not console.is_terminal:
         console = Terminal(width=WIDTH)
     if arguments.once or not console.is_terminal:
-        console.print(screen.draw(glance(run)))
+        console.print(follower.look())
         return
-    seen = glance(run)
+    shown = follower.look()
     with suppress(KeyboardInterrupt), Live(console=console, screen=True, auto_refresh=False) as live:
-        while not seen.ended:
-            live.update(screen.draw(seen), refresh=True)
+        while not follower.ended:
+            live.update(shown, refresh=True)
             time.sleep(arguments.interval)
-            seen = glance(run)
-    console.print(screen.draw(seen))
+            shown = follower.look()
+    console.print(shown)

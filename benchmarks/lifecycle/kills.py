@@ -154,7 +154,7 @@ def _page(chosen: argparse.Namespace, kills: list[Kill], differences: list[str])
     if differences:
         verdict = f"Differs: {'; '.join(differences)}."
     return (
-        f"# A lifecycle that is killed at random times\n\n`{how}`, {chosen.config.name}; {describe('torch')}. "
+        f"# A lifecycle that is killed at random times\n\n`{how}`; {describe('torch')}. "
         f"{len(kills)} signals ({counts}), then to its end. {verdict}\n\n"
         f"{table(['', 'signal', 'in', 'exit code'], rows)}\n"
     )

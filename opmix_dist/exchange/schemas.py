@@ -151,8 +151,8 @@ class Interval(Record):
 
 
 class Gain(Record):
-    """What moving gains over staying, in the objective without its KL term, nats per token; above 0 is
-    better. Both mix as many probes: averaging them lowers losses, whatever the mixture."""
+    """What moving gains over staying, in the objective without its KL term and in its unit; above 0 is better.
+    Both mix as many probes: averaging them lowers losses, whatever the mixture."""
 
     predicted: Finite | None
     """By the laws, None where there are none."""
@@ -186,8 +186,8 @@ class Proposal(Record):
     weights: Mixture
     current: Mixture
     predicted: dict[Name, Finite]
-    """Loss per domain that the laws predict at the proposal, nats per token; without laws, what was measured
-    there."""
+    """Loss per domain that the laws predict at the proposal; without laws, what was measured there. Here and
+    below nats per token, but for ``error_rates``."""
     simulated: dict[Name, Finite]
     """Loss per domain of the simulated model at the proposal, measured on the held-out tokens."""
     snapshot: dict[Name, Finite]
@@ -202,6 +202,8 @@ class Proposal(Record):
     horizon_tokens: int
     """Training tokens that each probe read: how far ahead the prediction looks."""
     costs: dict[str, PhaseCost]
+    error_rates: list[Name] = Field(default_factory=list)
+    """Domains whose "losses" are error rates of replies to tasks, 0..1 (``search.metric: tasks``)."""
     objective_name: str = "mean"
     """As ``search.proposal.objective`` has them."""
     intervals: dict[Name, Interval] = Field(default_factory=dict)
@@ -235,6 +237,8 @@ class Proposal(Record):
         ):
             if getattr(self, name).keys() != self.weights.keys():
                 raise ValueError(f"{name} must name the same domains as weights")
+        if not {*self.error_rates} <= self.weights.keys():
+            raise ValueError("error_rates must be among the domains of weights")
         return self
 
 
@@ -250,7 +254,7 @@ class Fit(Record):
     r2: list[float | None]
     spearman: list[float | None]
     loo_error: list[float | None]
-    """Root mean square error of predicting a candidate from the others, nats."""
+    """Root mean square error of predicting a candidate from the others, in the domain's unit."""
     calibration: list[float | None]
     """Slope of measured losses over such predictions; below 1 the law exaggerates differences."""
     comparison: dict[str, list[float | None]] = Field(default_factory=dict)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 
-from opmix_dist.exchange.rundir import RunDir
+from opmix_dist.exchange.lifecycles import stopped_in
 from opmix_dist.process import die_with_parent, leave_stopping_to_parent
 
 REPEAT_S = 4.0
@@ -20,9 +20,15 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 def torchrun_command(
-    config_file: str, ranks: int, *, nodes: int = 1, node_rank: int = 0, head: str = "", port: int = 29500
+    arguments: Sequence[str],
+    ranks: int,
+    *,
+    nodes: int = 1,
+    node_rank: int = 0,
+    head: str = "",
+    port: int = 29500,
 ) -> list[str]:
-    """The launcher of one node. SIGQUIT alone is for the launcher itself: it ends everything at once."""
+    """The launcher of one node, whose ranks run ``opmix`` with these arguments. SIGQUIT alone is for the launcher itself: it ends everything at once."""
     place = ["--standalone"]
     if nodes > 1:
         place = [
@@ -34,7 +40,7 @@ def torchrun_command(
     return [
         *(sys.executable, "-m", "torch.distributed.run", *place),
         *(f"--nproc-per-node={ranks}", "--signals-to-handle=SIGQUIT"),
-        *("-m", "opmix_dist.cli", "train", config_file),
+        *("-m", "opmix_dist.cli", *arguments),
     ]
 
 
@@ -54,13 +60,14 @@ def shown(command: Sequence[str], extra: Iterable[tuple[str, str]]) -> str:
     return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in extra), shlex.join(command)])
 
 
-def run_here(command: Sequence[str], extra: dict[str, str], run: RunDir) -> int:
-    """Run a launcher to its end; returns 0, 128 + the number of the signal that stopped the run, or its code.
+def run_here(command: Sequence[str], extra: dict[str, str], folder: Path) -> int:
+    """Run a launcher to its end; returns 0, 128 + the number of the signal that stopped what is
+    trained in ``folder``, or its code.
 
     The launcher is out of the terminal's reach and ignores what is sent to it; the ranks get the signals of
     this process: Ctrl-C, once or several times, is a checkpoint and an end.
     """
-    before = run.stopped()
+    before = stopped_in(folder)
     child = subprocess.Popen(
         command, env={**os.environ, **extra}, start_new_session=True, preexec_fn=_as_launcher
     )
@@ -82,7 +89,7 @@ def run_here(command: Sequence[str], extra: dict[str, str], run: RunDir) -> int:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    stopped = run.stopped()
+    stopped = stopped_in(folder)
     if stopped is not None and stopped != before:
         return 128 + signal.Signals[stopped.signal]
     return code if code >= 0 else 128 - code

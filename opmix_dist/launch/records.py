@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, StringConstraints
 
 from opmix_dist.errors import UserError
 from opmix_dist.exchange import files
+from opmix_dist.exchange.lifecycles import is_lifecycle
 from opmix_dist.exchange.rundir import RunDir, read_record, write_record
 from opmix_dist.exchange.schemas import Record
 
@@ -85,14 +86,14 @@ class LocalProcess(Record):
 
 
 class Launch(Record):
-    """launch.json of a run, or of the folder of an array."""
+    """launch.json of a run, of a lifecycle, or of the folder of an array."""
 
     cwd: Line
     options: SlurmOptions | None = None
     submissions: list[Submission] = Field(default_factory=list)
     local: LocalProcess | None = None
     runs: list[Line] = Field(default_factory=list)
-    """Run directories of the tasks of an array, in order; empty in a run's own folder."""
+    """Folders of the tasks of an array, in order; empty in that of a run or a lifecycle."""
 
 
 class Cancelled(Record):
@@ -113,10 +114,17 @@ class LaunchDir:
         self.failures_file = self.path / "failures"
 
     def read(self) -> Launch:
-        """UserError when nothing of ours started the run, or not this user's."""
+        """UserError when nothing of ours started the run, or a lifecycle that it is a stage of."""
         if not self.file.exists():
-            raise UserError(f"{self.path.parent} was not started by `opmix launch`: there is no {self.file}")
+            raise UserError(
+                f"{self.path.parent} was not started by `opmix launch`: there is no {self.file}{self._whole()}"
+            )
         return read_record(self.file, Launch)
+
+    def _whole(self) -> str:
+        """What to name in place of a stage."""
+        above = self.path.absolute().parents
+        return f"; it is a stage, name {above[2]}" if is_lifecycle(above[2]) else ""
 
     def read_own(self) -> Launch:
         """As :meth:`read`, of what will be run again: nobody else may say what this user runs.

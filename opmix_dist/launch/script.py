@@ -6,19 +6,23 @@ import shlex
 from collections.abc import Iterator, Sequence
 from importlib import resources
 
+from opmix_dist.exchange.lifecycles import STAGES
 from opmix_dist.launch.records import SlurmOptions
 
 
-def job_script(options: SlurmOptions, runs: Sequence[str], *, cwd: str, folder: str) -> str:
+def job_script(
+    options: SlurmOptions, runs: Sequence[str], stages: Sequence[str], *, cwd: str, folder: str
+) -> str:
     """The text of a script for sbatch.
 
     Args:
-        runs: absolute run directory of each task; more than one make a job array.
+        runs: absolute folder of each task's run or lifecycle; more than one make a job array.
+        stages: names of the stages, where the tasks are lifecycles.
         cwd: folder that relative paths of the configuration start from.
         folder: where the job's output goes; must exist when it starts.
     """
     body = "heterogeneous.sh" if options.pool_nodes else "homogeneous.sh"
-    parts = ["\n".join([*_header(options, runs, cwd, folder), *_variables(options, runs)]) + "\n"]
+    parts = ["\n".join([*_header(options, runs, cwd, folder), *_variables(options, runs, stages)]) + "\n"]
     parts += [_template(name) for name in ("environment.sh", "ranks.sh", "ending.sh", body)]
     return "\n".join(parts)
 
@@ -89,7 +93,7 @@ def _quoted(value: str) -> str:
     return f'"{value}"' if any(character.isspace() or character == "#" for character in value) else value
 
 
-def _variables(options: SlurmOptions, runs: Sequence[str]) -> Iterator[str]:
+def _variables(options: SlurmOptions, runs: Sequence[str], stages: Sequence[str]) -> Iterator[str]:
     yield "set -uo pipefail"
     yield from options.setup
     if len(runs) > 1:
@@ -97,6 +101,10 @@ def _variables(options: SlurmOptions, runs: Sequence[str]) -> Iterator[str]:
         yield "RUN=${RUNS[$SLURM_ARRAY_TASK_ID]}"
     else:
         yield f"RUN={shlex.quote(runs[0])}"
+    # folders of what is trained, in its order
+    trained = [f'"$RUN"/{STAGES}/{shlex.quote(stage)}' for stage in stages] or ['"$RUN"']
+    yield f"TRAINED=({' '.join(trained)})"
+    yield f"COMMAND={'lifecycle' if stages else 'train'}"
     yield "CONFIG=$RUN/launch/config.yaml"
     yield f"PYTHON={shlex.quote(options.python)}"
     yield f"RANKS_PER_NODE={options.ranks_per_node}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opmix_dist.errors import UserError
+from opmix_dist.exchange.lifecycles import has_ended, is_lifecycle, runs_in, stopped_in
 from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.launch import slurm
 from opmix_dist.launch.records import Launch, LaunchDir
@@ -37,21 +38,26 @@ class RunStatus:
 
 
 def look(run: RunDir) -> RunStatus:
-    """Reads a few small files and the end of the metrics, and asks SLURM once.
+    """Reads a few small files and the metrics, and asks SLURM once.
+
+    Args:
+        run: the folder of a run, or of a lifecycle.
 
     Raises:
-        UserError: the folder is neither a run's nor a launch's, or a file in it is not what it should be.
+        UserError: the folder is neither of them nor a launch's, or a file in it is not what it should be.
     """
-    launched = LaunchDir(run)
-    if not run.config_file.exists() and not launched.file.exists():
+    launched, has_stages = LaunchDir(run), is_lifecycle(run.path)
+    if not (run.config_file.exists() or launched.file.exists() or has_stages):
         raise UserError(f"{run.path} is no run directory: it has neither config.yaml nor launch/launch.json")
     status = RunStatus(str(run.path))
     _look_at_launch(status, launched)
-    if run.config_file.exists():
-        _look_at_training(status, run)
+    if has_stages:
+        _look_at_stages(status, run.path)
+    elif run.config_file.exists():
+        _look_at_training(status, run, "training")
     else:
         status.lines.append(("training", "not begun"))
-    _look_at_end(status, run, launched)
+    _look_at_end(status, run, launched, has_stages)
     return status
 
 
@@ -89,7 +95,25 @@ def lives(launch: Launch) -> bool | None:
         return False
 
 
-def _look_at_training(status: RunStatus, run: RunDir) -> None:
+def _look_at_stages(status: RunStatus, folder: Path) -> None:
+    """The facts of a stage are those of the last one that has begun and not ended."""
+    found = {}
+    for stage in runs_in(folder):
+        name, label = stage.path.name, f"stage {stage.path.name}"
+        if stage.summary_file.exists():
+            found[name] = "ended"
+            status.lines.append((label, f"ended: {stage.summary().steps} steps"))
+        elif stage.config_file.exists():
+            found[name] = "begun"
+            status.facts["stage"] = name
+            _look_at_training(status, stage, label)
+        else:
+            found[name] = "waiting"
+            status.lines.append((label, "waiting"))
+    status.facts["stages"] = found
+
+
+def _look_at_training(status: RunStatus, run: RunDir, label: str) -> None:
     steps = run.config().train.steps
     lines = run.train_lines()
     if lines:
@@ -97,13 +121,13 @@ def _look_at_training(status: RunStatus, run: RunDir) -> None:
         status.facts |= {"step": last.step, "steps": steps, "loss": last.loss}
         status.lines.append(
             (
-                "training",
+                label,
                 f"step {last.step}/{steps}, loss {last.loss:.4f}, {last.tokens_per_second:,.0f} tokens/s, "
                 f"{_ago(run.train_file)}",
             )
         )
     else:
-        status.lines.append(("training", f"step 0/{steps}"))
+        status.lines.append((label, f"step 0/{steps}"))
     for search in run.search_dirs():
         at = search.status()
         told = (
@@ -121,14 +145,14 @@ def _reason(reason: str) -> str:
     return f" ({reason})" if reason else ""
 
 
-def _look_at_end(status: RunStatus, run: RunDir, launched: LaunchDir) -> None:
-    stopped = run.stopped()
-    status.has_ended, status.was_stopped = run.summary_file.exists(), stopped is not None
+def _look_at_end(status: RunStatus, run: RunDir, launched: LaunchDir, has_stages: bool) -> None:
+    stopped = stopped_in(run.path)
+    status.has_ended, status.was_stopped = has_ended(run.path), stopped is not None
     status.facts |= {"ended": status.has_ended, "stopped": status.was_stopped, "active": status.is_active}
     if stopped is not None:
         status.lines.append(("stopped", f"{stopped.text} ({stopped.at})"))
     if status.has_ended:
-        status.lines.append(("ended", f"{run.summary().steps} steps"))
+        status.lines.append(("ended", "all stages" if has_stages else f"{run.summary().steps} steps"))
     elif launched.cancelled_file.exists():
         status.lines.append(("cancelled", "`opmix resume` goes on"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +189,9 @@ def _settings_of(
     settings["data"] = _section(settings, "data")
     if not goes_on:
         return settings
-    settings["start"] = {**_section(settings, "start"), "run": str(before[-1].run.path)}
+    # absolute, so that it is the same setting for a launch that starts in another folder
+    last = os.path.abspath(before[-1].run.path)
+    settings["start"] = {**_section(settings, "start"), "run": last}
     for name in NEW_WEIGHTS:
         if _has(own, f"model.{name}"):
             raise UserError(f"model.{name} is for the first stage, and for those that are fresh")

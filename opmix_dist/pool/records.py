@@ -47,7 +47,8 @@ class Outcome:
     are with; landed, at the proposal. measured: of all that the method asked for.
 
     sampled: losses of all that was asked for on other held-out samples, of ``solving.sampled_losses``.
-    optimism: of the measured gain, as ``solving.overrated`` tells it."""
+    optimism: of the measured gain, as ``solving.overrated`` tells it.
+    error_rates: domains that were measured in error rates of replies."""
 
     request: SearchRequest
     settings: ProposalConfig
@@ -64,6 +65,7 @@ class Outcome:
     optimism: float | None
     horizon_tokens: int
     costs: dict[str, PhaseCost]
+    error_rates: Sequence[str] = ()
 
     @property
     def law(self) -> Law | None:
@@ -267,6 +269,7 @@ def proposal_record(outcome: Outcome) -> Proposal:
         kl=_finite([solution.kl_divergence])[0],
         horizon_tokens=outcome.horizon_tokens,
         costs=outcome.costs,
+        error_rates=list(outcome.error_rates),
         objective_name=outcome.problem.objective,
         intervals=intervals,
         confidence=confidence if intervals else None,

@@ -452,5 +452,6 @@ class _Search:
             optimism=optimism,
             horizon_tokens=self.probes.tokens_each,
             costs=self.ledger.costs,
+            error_rates=() if self.tasks is None else self.tasks.domains,
         )
         write_outcome(self.search, outcome)

@@ -57,11 +57,13 @@ def search_tasks(catalogue: Catalogue, name: str, count: int, seed: int) -> list
 class TaskMetric:
     """What replies of simulated models are scored on, in the rows of a search's held-out samples.
 
+    domains: that have tasks, by name.
     rows: int64 [n], the row of each task; counts: int64 [n], tasks of its domain.
     loss_rows: the other rows [N - n], which are samples.
     tokens: that this rank has computed for replies and likelihoods so far.
     """
 
+    domains: list[str]
     tasks: list[Task]
     rows: np.ndarray
     counts: np.ndarray
@@ -112,7 +114,13 @@ class TaskMetric:
             domains += [d] * len(part)
             start += len(part)
         metric = cls(
-            tasks, np.array(rows), np.array(counts), np.array(loss_rows, dtype=np.int64), tokenizer, settings
+            with_tasks,
+            tasks,
+            np.array(rows),
+            np.array(counts),
+            np.array(loss_rows, dtype=np.int64),
+            tokenizer,
+            settings,
         )
         return EvalSet(TokenBatch.cat(parts), torch.tensor(domains)), metric
 

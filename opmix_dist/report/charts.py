@@ -14,6 +14,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from opmix_dist.exchange.schemas import EvalLine, MixtureRecord, PhaseCost, Proposal
+from opmix_dist.exchange.units import Units
 from opmix_dist.report import tables, words
 from opmix_dist.report.reading import Candidates, CurvePoint, RunView
 
@@ -147,12 +148,12 @@ def _by_domain(domains: Sequence[str], x_title: str, title: str = "") -> go.Figu
     )
 
 
-def law_against_measured(domain: str, candidates: Candidates, colour: str) -> go.Figure:
+def law_against_measured(domain: str, candidates: Candidates, colour: str, *, title: str) -> go.Figure:
     """Loss by the law against the measured one of each candidate (dots) and of the proposal (star, not in the
     fit); rings are what laws fitted to other candidates say."""
     figure = blank(
         270,
-        domain,
+        title,
         xaxis={"title": {"text": "measured"}},
         yaxis={"title": {"text": "law"}},
         showlegend=False,
@@ -254,14 +255,15 @@ def landing(
     title: str,
     losses: Mapping[str, Mapping[str, float]],
     snapshot: Mapping[str, float],
+    units: Units,
     colours: Mapping[str, str],
 ) -> go.Figure:
     """Change of each domain's loss from the snapshot's, for the given keys of LANDINGS."""
-    figure = _by_domain(list(snapshot), "loss minus the snapshot's", title)
+    figure = _by_domain(list(snapshot), f"{units.quantity} minus the snapshot's", title)
     for name, values in losses.items():
         shown = [domain for domain in snapshot if domain in values]
         figure.add_scatter(
-            y=[plain(domain) for domain in shown],
+            y=[plain(units.label(domain)) for domain in shown],
             x=[values[domain] - snapshot[domain] for domain in shown],
             name=name,
             mode="markers",

@@ -14,7 +14,7 @@ from opmix_dist.config import RunConfig
 from opmix_dist.errors import UserError
 from opmix_dist.exchange.heldout import FILE as HELD_OUT
 from opmix_dist.exchange.heldout import HeldOutLosses, SampleLosses
-from opmix_dist.exchange.lifecycles import LIFECYCLE_FILE, stage_folders
+from opmix_dist.exchange.lifecycles import is_lifecycle, stage_folders
 from opmix_dist.exchange.rundir import RunDir, read_record
 from opmix_dist.exchange.schemas import MixtureRecord, PhaseCost, Summary
 from opmix_dist.exchange.scores import FILE as SCORES
@@ -116,7 +116,7 @@ def read_course(path: Path) -> Course:
     Raises:
         UserError: neither, a run has not ended, or a file is invalid; names it.
     """
-    if (path / LIFECYCLE_FILE).is_file():
+    if is_lifecycle(path):
         return Course(path, [read_stage(folder, folder.name) for folder in stage_folders(path)])
     return Course(path, [read_stage(path, END)])
 

@@ -27,8 +27,8 @@ def frontier_page(answer: Answer, trade: Trade) -> bytes:
     searched, figures = answer.searched, page.Figures()
     text = (
         "Each point of the line is a mixture for which the law predicts that no other, within the search's "
-        "floors, caps and loss bounds, is lower in both losses. Bars: "
-        f"{words.percent(searched.confidence)} intervals from resampled laws, of each loss alone. "
+        "floors, caps and loss bounds, is lower in both. Bars: "
+        f"{words.percent(searched.confidence)} intervals from resampled laws, of each alone. "
         "Dots: candidates as they were measured. Hover for the mixture. "
         f"Open circles: {EXTRAPOLATED}."
     )
@@ -40,7 +40,7 @@ def frontier_page(answer: Answer, trade: Trade) -> bytes:
         _table(searched, trade),
     )
     title = f"{trade.labels[0]} against {trade.labels[1]}"
-    return page.render(title, f"What {searched.title} predicts, nats per token.", [shown], figures)
+    return page.render(title, f"What {searched.title} predicts, {searched.units.unit}.", [shown], figures)
 
 
 def _table(searched: Searched, trade: Trade) -> page.Html:
@@ -53,18 +53,19 @@ def _table(searched: Searched, trade: Trade) -> page.Html:
         ]
         for p in range(len(trade.front.u))
     ]
-    return page.table(["point", *trade.labels, *searched.domains], rows)
+    return page.table(["point", *trade.titles(searched), *searched.domains], rows)
 
 
 def frontier_chart(answer: Answer, trade: Trade) -> go.Figure:
     """The front with its intervals, the mixtures of ``answer`` likewise, and the candidates as measured."""
     searched = answer.searched
+    horizontal, vertical = trade.titles(searched)
     figure = go.Figure(
         layout={
             "height": 520,
             "template": None,
-            "xaxis": {"title": {"text": charts.plain(trade.labels[0])}},
-            "yaxis": {"title": {"text": charts.plain(trade.labels[1])}},
+            "xaxis": {"title": {"text": charts.plain(horizontal)}},
+            "yaxis": {"title": {"text": charts.plain(vertical)}},
         }
     )
     _add_candidates(figure, searched, trade)

@@ -35,6 +35,7 @@ from opmix_dist.exchange.schemas import (
     Summary,
     TrainLine,
 )
+from opmix_dist.exchange.units import Units
 
 T = TypeVar("T")
 MAX_CANDIDATE_ROWS = 1_000_000
@@ -61,7 +62,7 @@ class Candidates:
     U: np.ndarray
     """[N, C] interpolation coefficients."""
     loss: np.ndarray
-    """[N] nats per token."""
+    """[N] nats per token, or error rates where the proposal says so."""
     stderr: np.ndarray
     """[N] standard error of the loss."""
     stderr_change: np.ndarray
@@ -92,6 +93,11 @@ class SearchView:
     proposal: Proposal | None = None
     curves: dict[str, list[CurvePoint]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def units(self) -> Units:
+        """What its values are; as of losses where no proposal tells."""
+        return Units() if self.proposal is None else Units.of(self.proposal)
 
     @property
     def standing(self) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from opmix_dist.exchange.schemas import Fit, Proposal, SearchStage
+from opmix_dist.exchange.units import Units
 from opmix_dist.report import charts, page, words
 from opmix_dist.report.page import Figures, Html
 from opmix_dist.report.reading import Candidates, SearchView
@@ -65,7 +66,8 @@ def _decision(proposal: Proposal) -> Iterator[Html]:
         yield page.element("p", page.element("strong", f"{verdict}."), f" {proposal.decision.reason}.")
     if proposal.gain is not None:
         rows = [[what, text] for what, text in words.gain(proposal.gain, proposal.confidence).items()]
-        yield page.table(["gain over staying", words.objective(proposal.objective_name)], rows)
+        objective = Units.of(proposal).objective(proposal.objective_name)
+        yield page.table(["gain over staying", objective], rows)
 
 
 _LANDING = (
@@ -74,29 +76,37 @@ _LANDING = (
     "simulated by interpolated adapters (● ◆); ★ realised by the end of the run. Law and simulation describe "
     "the same model and should agree. Both look {horizon} tokens ahead, at the learning rate of the probes, "
     "so neither is expected to equal the final loss. All are measured on the search's held-out samples, "
-    "which the losses above leave out."
+    "which the losses above leave out{instead}."
 )
+_RATES = "; error rates on tasks, which a run does not measure as it ends (no ★): `opmix score` does"
 
 
 def _landing(
     proposal: Proposal, realised: Mapping[str, float], colours: Mapping[str, str], figures: Figures
 ) -> Html:
-    text = _LANDING.format(horizon=words.si(proposal.horizon_tokens))
+    units = Units.of(proposal)
+    comparable = {name: loss for name, loss in realised.items() if name not in units.error_rates}
+    instead = _RATES if units.error_rates else ""
+    text = _LANDING.format(horizon=words.si(proposal.horizon_tokens), instead=instead)
     if not realised:
         text += " Nothing is realised yet."
-    losses = charts.landing_losses(proposal, realised)
-    ahead = {name: values for name, values in losses.items() if values is not realised}
+    losses = charts.landing_losses(proposal, comparable)
+    ahead = {name: values for name, values in losses.items() if values is not comparable}
     scales = [("At the horizon of the search", ahead)]  # the end of the run may dwarf these differences
-    if realised:
+    if comparable:
         scales.append(("With the end of the run", losses))
     rows = [
-        [domain, words.loss(start), *(words.loss(values.get(domain)) for values in losses.values())]
+        [
+            units.label(domain),
+            words.loss(start),
+            *(words.loss(values.get(domain)) for values in losses.values()),
+        ]
         for domain, start in proposal.snapshot.items()
     ]
     return page.subsection(
-        "Predicted, simulated and realised loss",
+        f"Predicted, simulated and realised {units.described if units.error_rates else units.quantity}",
         page.caption(text),
-        figures.grid(charts.landing(*shown, proposal.snapshot, colours) for shown in scales),
+        figures.grid(charts.landing(*shown, proposal.snapshot, units, colours) for shown in scales),
         page.table(["domain", "snapshot", *losses], rows),
     )
 
@@ -109,32 +119,35 @@ def _laws(view: SearchView, colours: Mapping[str, str], figures: Figures) -> Htm
     if fit is None or candidates is None:
         missing = "candidates.parquet" if candidates is None else "fit.json"
         return page.caption(f"The fitted laws cannot be shown without a valid {missing}.")
+    units = view.units
     grid = [
-        charts.law_against_measured(domain, candidates, colours.get(domain, charts.GREY))
+        charts.law_against_measured(
+            domain, candidates, colours.get(domain, charts.GREY), title=units.label(domain)
+        )
         for domain in fit.domains
     ]
     text = (
-        f"Laws of the family {fit.family}. Each dot is a candidate mixture: its measured loss ± standard "
-        "error, and the law that was fitted to all of them; its ring is what laws say that were fitted to "
+        f"Laws of the family {fit.family}. Each dot is a candidate mixture: its measured "
+        f"{units.quantity} ± standard error, and the law that was fitted to all of them; its ring is what laws say that were fitted to "
         "others. The star is the proposal, measured after the fit. On the dotted line they agree."
     )
     return page.subsection(
         "Laws against measurements",
         page.caption(text),
         figures.grid(grid),
-        _fit_table(fit, candidates),
-        *_comparison(fit),
+        _fit_table(fit, candidates, units),
+        *_comparison(fit, units),
     )
 
 
-def _comparison(fit: Fit) -> Iterator[Html]:
+def _comparison(fit: Fit, units: Units) -> Iterator[Html]:
     """Errors of the families that were compared."""
     if fit.comparison:
         rows = [
-            [domain, *(_number(errors[i]) for errors in fit.comparison.values())]
+            [units.label(domain), *(_number(errors[i]) for errors in fit.comparison.values())]
             for i, domain in enumerate(fit.domains)
         ]
-        yield page.caption("Cross-validated root mean square error of each family, nats per token.")
+        yield page.caption(f"Cross-validated root mean square error of each family, {units.unit}.")
         yield page.table(["domain", *fit.comparison], rows)
 
 
@@ -142,15 +155,16 @@ def _number(value: float | None) -> str:
     return words.ABSENT if value is None else f"{value:.3g}"
 
 
-def _fit_table(fit: Fit, candidates: Candidates) -> Html:
-    """How well each law holds, beside how far apart the candidates' losses are."""
+def _fit_table(fit: Fit, candidates: Candidates, units: Units) -> Html:
+    """How well each law holds, beside how far apart the candidates are."""
     rows = []
     for i, domain in enumerate(fit.domains):
         measured = candidates.loss[candidates.rows(domain, "candidate")]
         spread = float(np.ptp(measured)) if len(measured) else None
         values = (fit.r2[i], fit.spearman[i], fit.loo_error[i], fit.calibration[i], spread)
-        rows.append([domain, *map(_number, values)])
-    header = ["domain", "R²", "Spearman", "leave-one-out RMSE", "calibration", "spread of measured losses"]
+        rows.append([units.label(domain), *map(_number, values)])
+    header = ["domain", "R²", "Spearman", "leave-one-out RMSE", "calibration"]
+    header.append(f"spread of measured {units.quantity}")
     return page.table(header, rows)
 
 

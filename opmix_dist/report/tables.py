@@ -16,6 +16,7 @@ from rich.text import Text
 
 from opmix_dist.errors import UserError
 from opmix_dist.exchange.schemas import EvalLine, Fit, PhaseCost, Proposal
+from opmix_dist.exchange.units import Units
 from opmix_dist.report import words
 
 AVERAGES = "The average perplexity is the mean over domains of exp(loss), not exp of the average loss."
@@ -140,7 +141,8 @@ def _shares_table(proposal: Proposal) -> Table:
 
 
 def _landing_table(proposal: Proposal) -> Table:
-    """Losses at the horizon of the probes."""
+    """Losses, or error rates, at the horizon of the probes."""
+    units = Units.of(proposal)
     by_column = {
         "snapshot": proposal.snapshot,
         "stay\npredicted": proposal.predicted_current,
@@ -148,33 +150,33 @@ def _landing_table(proposal: Proposal) -> Table:
         "move\npredicted": proposal.predicted,
         "move\nsimulated": proposal.simulated,
     }
-    horizon = words.si(proposal.horizon_tokens)
-    table = _table(
-        f"Held-out loss (nats per token), {horizon} tokens ahead", ["domain"], [*by_column, "move − stay"]
-    )
+    title = f"Held-out {units.described}, {words.si(proposal.horizon_tokens)} tokens ahead"
+    table = _table(title, ["domain"], [*by_column, "move − stay"])
     for name in proposal.weights:
         change = proposal.simulated[name] - proposal.simulated_current[name]
         losses = (words.loss(losses[name]) for losses in by_column.values())
-        table.add_row(Text(name), *losses, words.signed(change))
+        table.add_row(Text(units.label(name)), *losses, words.signed(change))
     return table
 
 
 def _gain_tables(proposal: Proposal) -> Iterator[Table]:
     if proposal.gain is None:
         return
-    title = f"Gain of moving ({words.objective(proposal.objective_name)}; above 0 is better)"
+    objective = Units.of(proposal).objective(proposal.objective_name)
+    title = f"Gain of moving ({objective}; above 0 is better)"
     table = _table(title, ["known from"], ["gain"])
     for what, text in words.gain(proposal.gain, proposal.confidence).items():
         table.add_row(what, text)
     yield table
 
 
-def law_table(fit: Fit) -> Table:
+def law_table(fit: Fit, units: Units) -> Table:
     """How well the laws hold."""
-    table = _table(f"Laws ({fit.family})", ["domain"], ["R2", "left-out error, nats", "calibration"])
+    columns = ["R2", f"left-out error, {units.unit}", "calibration"]
+    table = _table(f"Laws ({fit.family})", ["domain"], columns)
     for row in zip(fit.domains, fit.r2, fit.loo_error, fit.calibration, strict=True):
         name, *numbers = row
-        table.add_row(Text(name), *(words.loss(number) for number in numbers))
+        table.add_row(Text(units.label(name)), *(words.loss(number) for number in numbers))
     return table
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from opmix_dist.exchange.units import Units
 from opmix_dist.report import words
 from opmix_dist.search.frontier import Frontier
 from opmix_dist.search.laws import Law, LawFit
@@ -28,7 +29,8 @@ class Searched:
     """A finished search, or a fit of tables, with its laws as it fitted them.
 
     title: what it is called; resampled: the laws of its bootstrap; current, proposal: u [K], the former where
-    it is known; confidence: of the intervals; notes: what to mind of it, besides its law's own warnings.
+    it is known; confidence: of the intervals; notes: what to mind of it, besides its law's own warnings;
+    units: of its losses.
     """
 
     title: str
@@ -39,6 +41,7 @@ class Searched:
     proposal: np.ndarray
     confidence: float
     notes: tuple[str, ...] = ()
+    units: Units = Units()
 
     @cached_property
     def reach(self) -> Reach:
@@ -72,7 +75,7 @@ class Answer:
         self.names = list(self.U)
         rows = np.stack(list(self.U.values()))
         self.mixtures = rows @ searched.problem.expanded  # [P, X]
-        self.rows = [*searched.losses, f"objective ({searched.problem.objective})"]
+        self.rows = [*map(searched.units.label, searched.losses), f"objective ({searched.problem.objective})"]
         self.forecast = searched.forecast(rows).joined(self._with_objective)
         self.distances = [searched.reach.distance(u) for u in rows]
 
@@ -117,7 +120,8 @@ def answer_tables(answer: Answer) -> list[Table]:
     for j, domain in enumerate(answer.searched.domains):
         shares.add_row(Text(domain), *(words.share(x) for x in answer.mixtures[:, j]))
     band = answer.levels()
-    levels = _table(f"Predicted loss (nats per token, {interval})", "loss", answer.names)
+    units = answer.searched.units
+    levels = _table(f"Predicted {units.quantity} ({units.unit}, {interval})", units.quantity, answer.names)
     for i, name in enumerate(answer.rows):
         cells = (_level(band.value[p, i], band.low[p, i], band.high[p, i]) for p in range(len(answer.names)))
         _add_row(levels, name, cells, last=i == len(answer.rows) - 1)
@@ -125,7 +129,7 @@ def answer_tables(answer: Answer) -> list[Table]:
         return [shares, levels]
     pairs = [answer.changes(*pair) for pair in answer.comparisons]
     titles = [f"{name} − {other}" for name, other in answer.comparisons]
-    changes = _table(f"Difference (nats per token, paired {interval})", "loss", titles)
+    changes = _table(f"Difference ({units.unit}, paired {interval})", units.quantity, titles)
     for i, name in enumerate(answer.rows):
         _add_row(
             changes,
@@ -177,6 +181,7 @@ def answer_values(answer: Answer) -> dict[str, Any]:
         "search": searched.title,
         "family": searched.fit.family,
         "objective": searched.problem.objective,
+        "error_rates": [name for name in searched.losses if name in searched.units.error_rates],
         "confidence": searched.confidence,
         "mixtures": mixtures,
         "differences": [
@@ -227,6 +232,12 @@ class Trade:
         """The two sums [..., 2] of losses [..., D]."""
         return losses @ self.weights.T
 
+    def titles(self, searched: Searched) -> list[str]:
+        """The labels, with their units where losses differ in those."""
+        names = np.array(searched.losses)
+        both = zip(self.labels, self.weights, strict=True)
+        return [searched.units.label_of(label, names[weights > 0]) for label, weights in both]
+
     def covered(self, searched: Searched) -> list[bool]:
         """Of each point of the front, whether the candidates vouch for it."""
         return [searched.reach.covers(u) for u in self.front.u]
@@ -235,8 +246,8 @@ class Trade:
 def trade_table(searched: Searched, trade: Trade, *, points: int = 7) -> Table:
     """Some points of the front, ends included."""
     band = searched.forecast(trade.front.u).joined(trade.of).levels(searched.confidence)
-    title = f"Pareto front (nats per token, {words.percent(searched.confidence)} intervals)"
-    table = _table(title, "point", [*trade.labels, *searched.domains])
+    title = f"Pareto front ({searched.units.unit}, {words.percent(searched.confidence)} intervals)"
+    table = _table(title, "point", [*trade.titles(searched), *searched.domains])
     count, covered = len(trade.front.u), trade.covered(searched)
     for p in np.unique(np.linspace(0, count - 1, min(points, count)).round().astype(int)):
         losses = [_level(band.value[p, i], band.low[p, i], band.high[p, i]) for i in range(2)]

@@ -22,7 +22,7 @@ def si(value: float) -> str:
 
 
 def loss(value: float | None, stderr: float | None = None) -> str:
-    """Nats per token with the standard error where there is one; a dash for no value."""
+    """Four decimals, with the standard error where there is one; a dash for no value."""
     if value is None:
         return ABSENT
     return f"{value:.4f}" if stderr is None or math.isnan(stderr) else f"{value:.4f} ± {stderr:.4f}"
@@ -62,13 +62,6 @@ def gain(found: Gain, confidence: float | None) -> dict[str, str]:
 
 def _three_digits(value: float) -> str:
     return f"{value:+.3g}".replace("-", "−")
-
-
-def objective(name: str) -> str:
-    """What a gain is one of, and its unit."""
-    if name == "relative":
-        return "mean of losses over the snapshot's"
-    return f"{name.replace('_', ' ')} loss, nats per token"
 
 
 def comparison(value: float, reference: float) -> str:

@@ -4,10 +4,33 @@
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 
-newest_checkpoint() { ls "$RUN/checkpoints" 2>/dev/null | grep '^step_' | sort -V | tail -n 1; }
+# How far each run has come that the job trains: its end, or its newest checkpoint.
+reached() {
+  local run
+  for run in "${TRAINED[@]}"; do
+    ls -d "$run"/checkpoints/step_* "$run/summary.json" 2>/dev/null | sort -V | tail -n 1
+  done
+}
+
+all_have() { # name of a file
+  local run
+  for run in "${TRAINED[@]}"; do [ -e "$run/$1" ] || return 1; done
+}
+
+one_has() {
+  local run
+  for run in "${TRAINED[@]}"; do [ -e "$run/$1" ] && return 0; done
+  return 1
+}
+
+has_trained() { # in this attempt
+  local run
+  for run in "${TRAINED[@]}"; do [ "$run/metrics/train.jsonl" -nt "$RUN/launch/attempt" ] && return 0; done
+  return 1
+}
 
 mkdir -p "$RUN/launch" && touch "$RUN/launch/attempt" # its time tells what this attempt has written
-began_with=$(newest_checkpoint)
+began_with=$(reached)
 stopping="" asking=""
 
 # SLURM tells this shell alone some time before the end of the allocation (--signal=B:USR1@$GRACE_S). A rank that
@@ -52,7 +75,7 @@ wait_for() { # PID; a trap ends `wait` early
 conclude() { # exit code of the trainers' srun
   local code=$1 failures=0
   [ -n "$asking" ] && kill "$asking" 2>/dev/null
-  if [ -e "$RUN/summary.json" ]; then
+  if all_have summary.json; then
     say "$RUN has ended"
     exit 0
   fi
@@ -65,16 +88,16 @@ conclude() { # exit code of the trainers' srun
     say "SLURM has ended the job"
     exit "$code"
   fi
-  if [ -e "$RUN/stopped.json" ] || [ -n "$stopping" ]; then
+  if one_has stopped.json || [ -n "$stopping" ]; then
     again "stopped on request"
   fi
   # A node that dies takes the ranks of the others along before SLURM knows of it. What never came to train, for
   # a mistake in the configuration perhaps, is not tried again, nor what fails again and again at one place.
-  if [ "$(newest_checkpoint)" = "$began_with" ]; then
+  if [ "$(reached)" = "$began_with" ]; then
     failures=$(($(cat "$RUN/launch/failures" 2>/dev/null || echo 0) + 1))
   fi
   echo "$failures" >"$RUN/launch/failures"
-  if [ "$RUN/metrics/train.jsonl" -nt "$RUN/launch/attempt" ] && [ "$failures" -le "$RETRIES" ]; then
+  if has_trained && [ "$failures" -le "$RETRIES" ]; then
     again "failed with code $code, $failures time(s) in a row without a new checkpoint, where $RETRIES are allowed"
   fi
   say "failed with code $code: not tried again"

@@ -4,7 +4,7 @@
 port=$((20000 + SLURM_JOB_ID % 5000))
 
 SRUN_OPTIONS+=(--het-group=0)
-start_ranks trainers "$SLURM_JOB_NODELIST_HET_GROUP_0" $port "$RANKS_PER_NODE" train "$CONFIG"
+start_ranks trainers "$SLURM_JOB_NODELIST_HET_GROUP_0" $port "$RANKS_PER_NODE" $COMMAND "$CONFIG"
 trainers=$!
 
 SRUN_OPTIONS+=(--het-group=1) # the last one counts
