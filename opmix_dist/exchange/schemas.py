@@ -151,7 +151,7 @@ class Interval(Record):
 
 
 class Gain(Record):
-    """What moving gains over staying, in the objective without its KL term and in its unit; above 0 is better.
+    """What moving gains over staying, in the objective without its KL term, in its unit; above 0 is better.
     Both mix as many probes: averaging them lowers losses, whatever the mixture."""
 
     predicted: Finite | None

@@ -35,7 +35,7 @@ from opmix_dist.exchange.schemas import (
     Summary,
     TrainLine,
 )
-from opmix_dist.exchange.units import Units
+from opmix_dist.exchange.units import LOSSES, Units
 
 T = TypeVar("T")
 MAX_CANDIDATE_ROWS = 1_000_000
@@ -97,7 +97,7 @@ class SearchView:
     @property
     def units(self) -> Units:
         """What its values are; as of losses where no proposal tells."""
-        return Units() if self.proposal is None else Units.of(self.proposal)
+        return LOSSES if self.proposal is None else Units.of(self.proposal)
 
     @property
     def standing(self) -> str:

@@ -127,9 +127,9 @@ def _laws(view: SearchView, colours: Mapping[str, str], figures: Figures) -> Htm
         for domain in fit.domains
     ]
     text = (
-        f"Laws of the family {fit.family}. Each dot is a candidate mixture: its measured "
-        f"{units.quantity} ± standard error, and the law that was fitted to all of them; its ring is what laws say that were fitted to "
-        "others. The star is the proposal, measured after the fit. On the dotted line they agree."
+        f"Laws of the family {fit.family}. Each dot is a candidate mixture: its measured {units.quantity} ± "
+        "standard error, and the law that was fitted to all of them; its ring is what laws say that were "
+        "fitted to others. The star is the proposal, measured after the fit. On the dotted line they agree."
     )
     return page.subsection(
         "Laws against measurements",

@@ -11,7 +11,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from opmix_dist.exchange.units import Units
+from opmix_dist.exchange.units import LOSSES, Units
 from opmix_dist.report import words
 from opmix_dist.search.frontier import Frontier
 from opmix_dist.search.laws import Law, LawFit
@@ -41,7 +41,7 @@ class Searched:
     proposal: np.ndarray
     confidence: float
     notes: tuple[str, ...] = ()
-    units: Units = Units()
+    units: Units = LOSSES
 
     @cached_property
     def reach(self) -> Reach:

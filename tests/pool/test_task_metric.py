@@ -17,6 +17,7 @@ from opmix_dist.errors import UserError
 from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.models.loss import sample_loss_sums
 from opmix_dist.pool.task_metric import TaskMetric, search_tasks
+from opmix_dist.report.html import write_report
 from opmix_dist.search_config import TaskMetricConfig
 from opmix_dist.tasks.scoring import ScoringOptions, score
 from opmix_dist.train.roles import run_job
@@ -93,6 +94,8 @@ def test_a_search_on_error_rates(data: Path, tmp_path: Path) -> None:
     errors = np.array([row["loss"] for row in rows if row["domain"] == "chats"])
     assert ((errors > 0) & (errors < 1)).all()
     assert proposal.costs["evaluation"].tokens > 0
+    assert proposal.error_rates == ["chats"]
+    assert "chats (error rate)" in write_report(RunDir(tmp_path / "run")).read_text()
 
 
 def test_what_cannot_be_is_refused(data: Path, tmp_path: Path) -> None:

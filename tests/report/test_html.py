@@ -165,6 +165,31 @@ def test_the_decision_is_told_with_the_gain_and_how_it_is_known(finished: RunDir
     assert "no part of it: averaging probes, the mixture unchanged" in text
 
 
+def test_each_domain_is_told_in_its_unit(finished: RunDir):
+    """Error rates are not compared with the losses that the run ended with."""
+    search = finished.search("0001")
+    proposal = search.proposal()
+    before = Parsed(write_report(finished))
+    assert "mean loss, nats per token" in before.text
+    assert "error rate" not in before.text
+    write_record(search.proposal_file, proposal.model_copy(update={"error_rates": ["code"]}))
+    page = Parsed(write_report(finished))
+    assert "mean of losses, nats per token, and error rates" in page.text
+    assert page.text.count("code (error rate)") == page.text.count("books (nats per token)") == 2
+    realised = [
+        trace["y"] for figure in page.figures for trace in figure["data"] if trace.get("name") == "realised"
+    ]
+    assert realised
+    assert all(names == ["web (nats per token)", "books (nats per token)"] for names in realised)
+    everywhere = {"error_rates": list(proposal.weights), "objective_name": "worst"}
+    write_record(search.proposal_file, proposal.model_copy(update=everywhere))
+    page = Parsed(write_report(finished))
+    section = page.text[page.text.index("Search 0001") : page.text.index("Compute")]
+    assert "nats" not in section
+    assert "worst error rate" in section
+    assert "Predicted, simulated and realised error rate" in section
+
+
 def test_a_domain_keeps_its_colour(finished: RunDir):
     figures = Parsed(write_report(finished)).figures
     areas = {trace["name"]: trace["fillcolor"] for trace in figures[0]["data"] if "fillcolor" in trace}

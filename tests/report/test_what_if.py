@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from opmix_dist.exchange.units import Units
 from opmix_dist.report.frontier_page import frontier_chart, frontier_page
 from opmix_dist.report.what_if import (
     ASKED,
@@ -99,6 +101,22 @@ def test_without_a_current_mixture_there_are_fewer_columns(searched: Searched):
 
 def vars_of(searched: Searched) -> dict:
     return {name: getattr(searched, name) for name in Searched.__dataclass_fields__}
+
+
+def test_losses_and_error_rates_are_told_apart(searched: Searched, trade: Trade):
+    mixed = replace(searched, units=Units(frozenset({"loss b"}), mixed=True))
+    text = "\n".join(" ".join(line) for line in printed(*answer_tables(Answer(mixed, None))))
+    assert "Predicted loss or error rate (in its own unit, 80% intervals)" in text
+    assert "loss a (nats per token)" in text
+    assert "loss b (error rate)" in text
+    assert "objective (mean) (" not in text
+    header = printed(trade_table(mixed, trade))[2]
+    assert " ".join(header).count("(error rate)") == 1
+    assert answer_values(Answer(mixed, None))["error_rates"] == ["loss b"]
+    rates = replace(searched, units=Units(frozenset({"loss a", "loss b"})))
+    text = "\n".join(" ".join(line) for line in printed(*answer_tables(Answer(rates, None))))
+    assert "nats" not in text
+    assert "Difference (error rate, paired 80% intervals)" in text
 
 
 def test_values_for_scripts(searched: Searched):
