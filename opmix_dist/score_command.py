@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from opmix_dist.tasks.records import Task
     from opmix_dist.tasks.scoring import Generator, Scored
+    from opmix_dist.tasks.unseen import Unseen
 
 
 def add_score_command(commands: Any) -> None:
@@ -31,6 +32,11 @@ def add_score_command(commands: Any) -> None:
     score.add_argument(
         "--tasks", required=True, nargs="+", type=Path, metavar="FILE",
         help="JSON lines of tasks, or folders of domains with a tasks.jsonl",
+    )  # fmt: skip
+    score.add_argument(
+        "--unseen-by", nargs="+", type=Path, default=[], metavar="RUN",
+        help="leave out the tasks that searches of these runs, or lifecycles, and of all runs that they go "
+        "on from chose mixtures by",
     )  # fmt: skip
     score.add_argument("--limit", type=int, help="take the first so many tasks of each file")
     score.add_argument(
@@ -57,19 +63,56 @@ def _score(arguments: argparse.Namespace, rest: list[str]) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: give at least 1")
-    tasks = {str(path): read_tasks(path)[: arguments.limit] for path in arguments.tasks}
+    read = {str(path): read_tasks(path) for path in arguments.tasks}
+    tasks = _unseen(arguments, read)
     with redirect_stdout(sys.stderr):  # DeepSpeed, which transformers imports to generate, logs there
         found = _scored(arguments, tasks)
     if arguments.out is not None:
         _write_replies(arguments.out, tasks, found)
     rows = list(_rows(found))
     if arguments.json:
-        print(json.dumps({"model": arguments.model, "rows": rows}))
+        left_out = {name: one.left_out for name, one in tasks.items()} if arguments.unseen_by else {}
+        print(json.dumps({"model": arguments.model, "rows": rows, "left_out": left_out}))
         return
     open_console().print(_table(rows))
 
 
-def _scored(arguments: argparse.Namespace, tasks: dict[str, list[Task]]) -> dict[str, Scored]:
+def _unseen(arguments: argparse.Namespace, tasks: dict[str, list[Task]]) -> dict[str, Unseen]:
+    """Without those that ``--unseen-by`` leaves out, and no more than ``--limit``; says so."""
+    from opmix_dist.tasks.unseen import Unseen, searched_digests
+    from opmix_dist.telling import tell
+
+    seen = searched_digests(arguments.unseen_by)
+    found = {name: Unseen.of(name, given, seen) for name, given in tasks.items()}
+    for name, one in found.items() if arguments.unseen_by else ():
+        count = len(tasks[name])
+        tell(f"{name}: searches chose by {one.left_out} of {count} tasks, which are left out", sys.stderr)
+    if not arguments.unseen_by:
+        _warn_of_own_searches(Path(arguments.model), tasks)
+    return {name: one.first(arguments.limit) for name, one in found.items()}
+
+
+def _warn_of_own_searches(model: Path, tasks: dict[str, list[Task]]) -> None:
+    """Where the model is a run's export."""
+    from opmix_dist.exchange.rundir import RunDir
+    from opmix_dist.tasks.unseen import searched_digests
+    from opmix_dist.telling import tell
+
+    run = RunDir(model.resolve().parent.parent)
+    if not run.config_file.is_file() or run.export != model.resolve():
+        return
+    try:
+        seen = searched_digests([run.path])
+    except UserError as error:
+        tell(f"warning: whether searches chose by these tasks is not known: {error}", sys.stderr)
+        return
+    for name, given in tasks.items():
+        if count := sum(task.digest in seen for task in given):
+            text = f"searches chose the model's mixtures by {count} of these {len(given)} tasks"
+            tell(f"warning: {name}: {text}: --unseen-by {run.path} leaves them out", sys.stderr)
+
+
+def _scored(arguments: argparse.Namespace, tasks: dict[str, Unseen]) -> dict[str, Scored]:
     import torch
 
     from opmix_dist.data.tokenizer import load_tokenizer
@@ -89,8 +132,10 @@ def _scored(arguments: argparse.Namespace, tasks: dict[str, list[Task]]) -> dict
         allow_code=arguments.allow_code,
     )
     return {
-        file: score(model, tokenizer, of_file, options, where=file, generator=generator)
-        for file, of_file in tasks.items()
+        file: score(
+            model, tokenizer, one.tasks, options, where=file, numbers=one.numbers, generator=generator
+        )
+        for file, one in tasks.items()
     }
 
 
@@ -115,13 +160,14 @@ def _generator(arguments: argparse.Namespace) -> Generator | None:
     )
 
 
-def _write_replies(file: Path, tasks: dict[str, list[Task]], found: dict[str, Scored]) -> None:
+def _write_replies(file: Path, tasks: dict[str, Unseen], found: dict[str, Scored]) -> None:
     from opmix_dist.atomic import write_bytes
 
     lines = []
     for name, scored in found.items():
-        both = zip(tasks[name], scored.replies, scored.errors.tolist(), strict=True)
-        for number, (task, reply, error) in enumerate(both, 1):
+        of_file = tasks[name]
+        each = zip(of_file.numbers, of_file.tasks, scored.replies, scored.errors.tolist(), strict=True)
+        for number, task, reply, error in each:
             line = {"file": name, "number": number, "kind": task.kind, "group": task.group}
             lines.append(json.dumps({**line, "answer": task.answer, "reply": reply, "error": error}))
     try:

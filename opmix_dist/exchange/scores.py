@@ -35,6 +35,8 @@ class TaskScore(Record):
 class Scores(Record):
     model: str
     rows: list[TaskScore]
+    left_out: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
+    """Tasks of each file that searches had chosen by, where these were left out (``--unseen-by``)."""
 
     def by_domain(self) -> dict[str, float]:
         """Error rate over all tasks of a domain, whatever their kind."""

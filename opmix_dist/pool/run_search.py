@@ -25,8 +25,9 @@ from opmix_dist.data.build import held_out_samples
 from opmix_dist.distributed import PeerError, World
 from opmix_dist.errors import UserError
 from opmix_dist.exchange.history import open_domains
-from opmix_dist.exchange.rundir import RunDir, SearchDir
+from opmix_dist.exchange.rundir import RunDir, SearchDir, write_record
 from opmix_dist.exchange.schemas import SearchRequest, SearchStage
+from opmix_dist.exchange.searched_tasks import FILE as TASKS_RECORD
 from opmix_dist.ledger import Ledger
 from opmix_dist.models.documents import require_documents_apart
 from opmix_dist.models.flops import count_flops
@@ -251,6 +252,8 @@ class _Search:
             mask=self.config.data.mask_documents,
             seed=self.config.seed,
         )
+        if self.world.is_leader:
+            write_record(self.search.path / TASKS_RECORD, tasks.record)
         return tasks
 
     @property
@@ -452,6 +455,6 @@ class _Search:
             optimism=optimism,
             horizon_tokens=self.probes.tokens_each,
             costs=self.ledger.costs,
-            error_rates=() if self.tasks is None else self.tasks.domains,
+            error_rates=() if self.tasks is None else list(self.tasks.by_domain),
         )
         write_outcome(self.search, outcome)

@@ -22,6 +22,7 @@ from opmix_dist.data.catalogue import TASKS_FILE, Catalogue
 from opmix_dist.data.loader import EvalSet
 from opmix_dist.data.samples import Sample
 from opmix_dist.errors import UserError
+from opmix_dist.exchange.searched_tasks import SearchedTasks
 from opmix_dist.models.lora import JointAdapters
 from opmix_dist.models.loss import sample_loss_sums
 from opmix_dist.search_config import TaskMetricConfig
@@ -57,16 +58,14 @@ def search_tasks(catalogue: Catalogue, name: str, count: int, seed: int) -> list
 class TaskMetric:
     """What replies of simulated models are scored on, in the rows of a search's held-out samples.
 
-    domains: that have tasks, by name.
-    rows: int64 [n], the row of each task; counts: int64 [n], tasks of its domain.
+    by_domain: the tasks of each domain that has some.
+    rows: int64 [n], the row of each task.
     loss_rows: the other rows [N - n], which are samples.
     tokens: that this rank has computed for replies and likelihoods so far.
     """
 
-    domains: list[str]
-    tasks: list[Task]
+    by_domain: dict[str, list[Task]]
     rows: np.ndarray
-    counts: np.ndarray
     loss_rows: np.ndarray
     tokenizer: PreTrainedTokenizerFast
     settings: TaskMetricConfig
@@ -88,10 +87,9 @@ class TaskMetric:
         tokenizer = catalogue.load_tokenizer()
         ids = heldout.domain_ids.numpy()
         parts: list[TokenBatch] = []
-        tasks: list[Task] = []
+        by_domain: dict[str, list[Task]] = {}
         domains: list[int] = []
         rows: list[int] = []
-        counts: list[int] = []
         loss_rows: list[int] = []
         start = 0
         for d, name in enumerate(catalogue.names):
@@ -104,25 +102,32 @@ class TaskMetric:
                     catalogue.sequence_length,
                     mask_documents=mask,
                 )
-                tasks += chosen
+                by_domain[name] = chosen
                 rows += range(start, start + len(chosen))
-                counts += [len(chosen)] * len(chosen)
             else:
                 part = heldout.batch[torch.from_numpy(np.flatnonzero(ids == d))]
                 loss_rows += range(start, start + len(part))
             parts.append(part)
             domains += [d] * len(part)
             start += len(part)
-        metric = cls(
-            with_tasks,
-            tasks,
-            np.array(rows),
-            np.array(counts),
-            np.array(loss_rows, dtype=np.int64),
-            tokenizer,
-            settings,
-        )
+        metric = cls(by_domain, np.array(rows), np.array(loss_rows, dtype=np.int64), tokenizer, settings)
         return EvalSet(TokenBatch.cat(parts), torch.tensor(domains)), metric
+
+    @property
+    def tasks(self) -> list[Task]:
+        """Domain by domain [n]."""
+        return [task for tasks in self.by_domain.values() for task in tasks]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Of each task, how many its domain has: int64 [n]."""
+        sizes = [len(tasks) for tasks in self.by_domain.values()]
+        return np.repeat(sizes, sizes)
+
+    @property
+    def record(self) -> SearchedTasks:
+        digests = {name: [task.digest for task in tasks] for name, tasks in self.by_domain.items()}
+        return SearchedTasks(digests=digests)
 
     @property
     def fingerprint(self) -> str:
@@ -153,7 +158,7 @@ class TaskMetric:
         An error e of n tasks counts as (e + 1 / 2n) n / (n + 1), so that k errors are a rate of
         (k + 1/2) / (n + 1): laws of losses know no rate of 0.
         """
-        found = np.zeros((len(U), len(heldout)))
+        found, counts = np.zeros((len(U), len(heldout))), self.counts
         samples = heldout[torch.from_numpy(self.loss_rows)]
         options = ScoringOptions(
             batch_size=self.settings.batch_size,
@@ -170,7 +175,7 @@ class TaskMetric:
                     ).numpy()
                 with generating(adapters.model):
                     scored = score(adapters.model, self.tokenizer, self.tasks, options)
-            found[m, self.rows] = (scored.errors + 0.5 / self.counts) * self.counts / (self.counts + 1)
+            found[m, self.rows] = (scored.errors + 0.5 / counts) * counts / (counts + 1)
             self.tokens += scored.generated_tokens + scored.scored_tokens
             on_progress(len(heldout))
         return found

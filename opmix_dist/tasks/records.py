@@ -12,6 +12,7 @@ callable         whatever ``scorer``, a ``module:function``, makes of it
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -88,6 +89,13 @@ class Task(Record):
             raise ValueError(str(error)) from None
         if self.messages[-1]["role"] == "assistant":
             raise ValueError("the last message is the assistant's, to which there is no reply")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that it asks and takes for right; ``group``, and fields that are not set, play no
+        part."""
+        content = self.model_dump(exclude={"group"}, exclude_defaults=True)
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def conversation(self) -> Conversation:

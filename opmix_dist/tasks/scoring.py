@@ -66,19 +66,21 @@ def score(
     options: ScoringOptions = ScoringOptions(),
     *,
     where: str = "tasks",
+    numbers: Sequence[int] | None = None,
     generator: Generator | None = None,
 ) -> Scored:
     """Errors of ``model``, which is left in evaluation mode.
 
     Args:
         where: what errors call the tasks, with a number behind it.
+        numbers: these numbers; None: from 1.
         generator: what replies instead of transformers.
 
     Raises:
         UserError: a task cannot be written by the chat template, does not fit the model, or its scorer fails.
     """
     model.eval()
-    names = [f"{where}:{number}" for number in range(1, len(tasks) + 1)]
+    names = [f"{where}:{number}" for number in numbers or range(1, len(tasks) + 1)]
     found = Scored(np.ones(len(tasks)), [""] * len(tasks), kinds=[task.kind for task in tasks])
     by_likelihood = [
         i

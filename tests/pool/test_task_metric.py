@@ -20,6 +20,7 @@ from opmix_dist.pool.task_metric import TaskMetric, search_tasks
 from opmix_dist.report.html import write_report
 from opmix_dist.search_config import TaskMetricConfig
 from opmix_dist.tasks.scoring import ScoringOptions, score
+from opmix_dist.tasks.unseen import searched_digests
 from opmix_dist.train.roles import run_job
 from tests.methods.on_policy_jobs import job_config, make_data
 from tests.models import tiny
@@ -95,6 +96,8 @@ def test_a_search_on_error_rates(data: Path, tmp_path: Path) -> None:
     assert ((errors > 0) & (errors < 1)).all()
     assert proposal.costs["evaluation"].tokens > 0
     assert proposal.error_rates == ["chats"]
+    chosen = {task.digest for task in search_tasks(open_data(check_config(config).data), "chats", 5, 0)}
+    assert searched_digests([tmp_path / "run"]) == chosen
     assert "chats (error rate)" in write_report(RunDir(tmp_path / "run")).read_text()
 
 
