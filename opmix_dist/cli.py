@@ -275,12 +275,16 @@ def _report(arguments: argparse.Namespace, rest: list[str]) -> None:
     from opmix_dist.report.comparison import COMPARISON_FILE, write_comparison
     from opmix_dist.report.html import write_report
 
-    first = arguments.run_dirs[0]
-    if len(arguments.run_dirs) == 1 and is_lifecycle(first) and not (arguments.baseline or arguments.out):
-        for stage in runs_in(first):
+    if lifecycles := [path for path in arguments.run_dirs if is_lifecycle(path)]:
+        if len(arguments.run_dirs) > 1 or arguments.baseline or arguments.out:
+            raise UserError(
+                f"{lifecycles[0]} is a lifecycle: name one alone for its stages' reports, or runs in its "
+                "stages/; `opmix compare` compares lifecycles"
+            )
+        for stage in runs_in(lifecycles[0]):
             if stage.config_file.exists():
                 tell(str(write_report(stage)))
-        tell(f"`opmix compare {first}` makes the table of its stages and domains")
+        tell(f"the table of stages and domains: opmix compare {lifecycles[0]}")
         return
     runs = [RunDir(path) for path in arguments.run_dirs]
     if len(runs) > 1:

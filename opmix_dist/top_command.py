@@ -21,8 +21,8 @@ def add_top_command(commands: argparse._SubParsersAction[Any]) -> None:
     top = commands.add_parser(
         "top",
         help="watch a run or a lifecycle: progress, speed, mixture, search, warnings",
-        description="Shows a run directory until the run has ended, or until Ctrl-C; of a lifecycle, the stage "
-        "that is under way. It only reads, from any machine that sees the directory.",
+        description="Shows a run directory until the run has ended, or until Ctrl-C; of a lifecycle, the "
+        "stage that is under way. It only reads, from any machine that sees the directory.",
     )
     top.add_argument("run_dir", type=Path, metavar="RUN")
     top.add_argument("--once", action="store_true", help="print once and stop, as where there is no terminal")

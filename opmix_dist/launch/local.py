@@ -28,7 +28,8 @@ def torchrun_command(
     head: str = "",
     port: int = 29500,
 ) -> list[str]:
-    """The launcher of one node, whose ranks run ``opmix`` with these arguments. SIGQUIT alone is for the launcher itself: it ends everything at once."""
+    """The launcher of one node, whose ranks run ``opmix`` with these arguments. SIGQUIT alone is for the
+    launcher itself: it ends everything at once."""
     place = ["--standalone"]
     if nodes > 1:
         place = [

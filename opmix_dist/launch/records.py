@@ -116,9 +116,8 @@ class LaunchDir:
     def read(self) -> Launch:
         """UserError when nothing of ours started the run, or a lifecycle that it is a stage of."""
         if not self.file.exists():
-            raise UserError(
-                f"{self.path.parent} was not started by `opmix launch`: there is no {self.file}{self._whole()}"
-            )
+            missing = f"there is no {self.file}{self._whole()}"
+            raise UserError(f"{self.path.parent} was not started by `opmix launch`: {missing}")
         return read_record(self.file, Launch)
 
     def _whole(self) -> str:

@@ -74,14 +74,14 @@ class SlurmStart:
     """What one job script starts: a run or a lifecycle, or the tasks of an array."""
 
     def __init__(self, options: SlurmOptions, works: Sequence[Work], cwd: str) -> None:
-        """UserError when a run cannot be trained by the allocation, or one script cannot start all of them."""
+        """UserError when the allocation cannot train a run, or one script cannot start all of them."""
         self.options, self.works, self.cwd = options, works, cwd
         self.stages = works[0].stages
         for work in works:
             work.check_allocation(options.node_counts, options.ranks_per_node)
             if work.stages != self.stages:
                 raise UserError(
-                    f"{work.folder.path} has other stages than {works[0].folder.path}: an array is one of runs, "
+                    f"{work.folder.path} has other stages than {works[0].folder.path}: an array is of runs, "
                     "or of lifecycles whose stages have the same names"
                 )
         self.runs = [work.folder for work in works]

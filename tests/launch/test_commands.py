@@ -19,6 +19,7 @@ from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.launch import records, slurm
 from opmix_dist.launch.records import Launch, LaunchDir, SlurmOptions, Submission
 from opmix_dist.launch.slurm import JobPhase, NoAnswerError, parse_job
+from opmix_dist.launch.work import load_work
 from tests.helpers import ROOT
 from tests.train.jobs import tiny_config
 
@@ -268,9 +269,7 @@ def test_status_of_something_else(tmp_path: Path, capsys) -> None:
 
 
 def test_ranks_that_a_configuration_cannot_use_are_refused_before_they_are_there(config: str) -> None:
-    from opmix_dist.launch.starting import check_allocation, load_run
-
-    wide = load_run(Path(config), ["--engine.name", "fsdp", "--engine.fsdp.tensor_parallel", "2"])
-    check_allocation(wide, range(1, 3), 2)
+    wide = load_work(Path(config), ["--engine.name", "fsdp", "--engine.fsdp.tensor_parallel", "2"])
+    wide.check_allocation(range(1, 3), 2)
     with pytest.raises(UserError, match="divides the model over 2 ranks"):
-        check_allocation(wide, range(1, 2), 3)
+        wide.check_allocation(range(1, 2), 3)

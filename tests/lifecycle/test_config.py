@@ -53,14 +53,17 @@ def test_domains_join_and_leave_and_all_others_are_watched(tiny_data: Path) -> N
     }
 
 
-def test_a_stage_goes_on_from_the_one_before_it(tiny_data: Path) -> None:
+def test_a_stage_goes_on_from_the_one_before_it(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     found = by_name(resolve(lifecycle(tiny_data)))
     assert [config.run_dir for config in found.values()] == [
         "life/stages/pretrain", "life/stages/midtrain", "life/stages/last",
     ]  # fmt: skip
     assert [config.start.run for config in found.values()] == [
-        None, "life/stages/pretrain", "life/stages/midtrain",
-    ]  # fmt: skip
+        None, f"{tmp_path}/life/stages/pretrain", f"{tmp_path}/life/stages/midtrain",
+    ], "the same wherever a launch starts"  # fmt: skip
     assert [config.model.config is None for config in found.values()] == [False, True, True]
     assert {config.seed for config in found.values()} == {3}
     assert [config.train.eval_at_start for config in found.values()] == [True, True, False]
