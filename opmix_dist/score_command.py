@@ -26,7 +26,7 @@ def add_score_command(commands: Any) -> None:
         "score",
         help="error rates of a model on tasks: multiple choice, exact match, tool calls, code of yours",
         description="Prints the share of wrong replies for each file and kind of task, with its standard "
-        "error and Wilson's 95%% interval, both from the number of examples.",
+        "error, in which examples of one group are not independent, and Wilson's 95%% interval.",
     )
     score.add_argument("model", help="folder or hub id of a Hugging Face model, such as RUN/export/hf")
     score.add_argument(
@@ -69,7 +69,7 @@ def _score(arguments: argparse.Namespace, rest: list[str]) -> None:
         found = _scored(arguments, tasks)
     if arguments.out is not None:
         _write_replies(arguments.out, tasks, found)
-    rows = list(_rows(found))
+    rows = list(_rows(tasks, found))
     if arguments.json:
         left_out = {name: one.left_out for name, one in tasks.items()} if arguments.unseen_by else {}
         print(json.dumps({"model": arguments.model, "rows": rows, "left_out": left_out}))
@@ -176,7 +176,7 @@ def _write_replies(file: Path, tasks: dict[str, Unseen], found: dict[str, Scored
         raise UserError(f"cannot write --out {file}: {error.strerror}") from None
 
 
-def _rows(found: dict[str, Scored]) -> Iterator[dict[str, Any]]:
+def _rows(tasks: dict[str, Unseen], found: dict[str, Scored]) -> Iterator[dict[str, Any]]:
     """For each kind of each file."""
     import numpy as np
 
@@ -184,11 +184,14 @@ def _rows(found: dict[str, Scored]) -> Iterator[dict[str, Any]]:
 
     for name, scored in found.items():
         for kind in dict.fromkeys(scored.kinds):
-            rate = ErrorRate.of(scored.errors[np.array([one == kind for one in scored.kinds])])
+            of_kind = np.array([one == kind for one in scored.kinds])
+            groups = [task.group for task in tasks[name].tasks if task.kind == kind]
+            rate = ErrorRate.of(scored.errors[of_kind], groups)
             yield {
                 "file": name,
                 "kind": kind,
                 "tasks": rate.count,
+                "groups": rate.groups,
                 "error": rate.mean,
                 "stderr": rate.stderr,
                 "interval": [rate.low, rate.high],
@@ -199,13 +202,14 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     from rich.table import Table
 
     table = Table(title="Share of wrong replies")
-    for column, justify in (("tasks", "left"), ("kind", "left"), ("examples", "right"), ("error", "right"),
-                            ("standard error", "right"), ("95% interval", "right")):  # fmt: skip
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for column in ("tasks", "kind"):
+        table.add_column(column)
+    for column in ("examples", "groups", "error", "standard error", "95% interval"):
+        table.add_column(column, justify="right")
     for row in rows:
         low, high = row["interval"]
         table.add_row(
-            row["file"], row["kind"], f"{row['tasks']:,}", f"{row['error']:.1%}",
-            f"{row['stderr']:.1%}", f"{low:.1%} to {high:.1%}",
+            row["file"], row["kind"], f"{row['tasks']:,}", f"{row['groups']:,}", f"{row['error']:.1%}",
+            f"{row['stderr']:.1%}" if row["groups"] > 1 else "–", f"{low:.1%} to {high:.1%}",
         )  # fmt: skip
     return table

@@ -21,6 +21,8 @@ class TaskScore(Record):
     file: str
     kind: str
     tasks: int = Field(ge=1, le=1 << 40)
+    groups: int | None = Field(None, ge=1, le=1 << 40)
+    """Whose examples need not be independent; None: ``stderr`` and ``interval`` take all as independent."""
     error: Rate
     stderr: Finite
     interval: tuple[Finite, Finite]

@@ -186,7 +186,7 @@ class Evaluating:
             found = evaluator.evaluate(U, gradients=gradients, stopping=stopping)
         self.ledger.add("evaluation", seconds=evaluator.earlier_seconds - earlier)
         self._count(before, evaluator.work[gradients], gradients)
-        return found
+        return found if self.tasks is None else found.clustered(self.tasks.clusters)
 
     def _simulate(
         self, U: np.ndarray, gradients: bool, stopping: EarlyStop | None, team: Team

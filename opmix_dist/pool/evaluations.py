@@ -62,6 +62,26 @@ class Evaluations:
             reference=references[0] if references else None,
         )
 
+    def clustered(self, clusters: np.ndarray) -> Evaluations:
+        """Samples of one cluster put together to one, so that all errors, and resampling, are of clusters:
+        their samples need not be independent (ratio of the clusters' sums, as of samples').
+
+        Args:
+            clusters: of each sample int64 [N], from 0, each of one domain.
+
+        Raises:
+            ValueError: candidates were stopped early, or have gradients.
+        """
+        if self.seen is not None or self.gradients is not None:
+            raise ValueError("clusters are of candidates that saw all samples, without gradients")
+        count = int(clusters.max()) + 1
+        sums, targets = np.zeros((len(self.sums), count)), np.zeros(count, dtype=self.targets.dtype)
+        np.add.at(sums.T, clusters, self.sums.T)
+        np.add.at(targets, clusters, self.targets)
+        domain_ids = np.zeros(count, dtype=self.domain_ids.dtype)
+        domain_ids[clusters] = self.domain_ids
+        return dataclasses.replace(self, sums=sums, targets=targets, domain_ids=domain_ids)
+
     @property
     def samples_seen(self) -> np.ndarray:
         """[M, N] bool."""

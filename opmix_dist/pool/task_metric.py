@@ -2,7 +2,8 @@
 
 The tasks take the place of the domain's held-out samples: a row each, with one target, whose "loss" is the
 error of the reply. So all that is made of losses (laws, paired differences, error bars) is made of error
-rates, with the errors that come from the number of examples. Domains without tasks keep their losses.
+rates, with the errors that come from the number of examples, those of one group taken together. Domains
+without tasks keep their losses.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -27,6 +29,7 @@ from opmix_dist.models.lora import JointAdapters
 from opmix_dist.models.loss import sample_loss_sums
 from opmix_dist.search_config import TaskMetricConfig
 from opmix_dist.seeds import derive_seed
+from opmix_dist.tasks.error_rates import clusters
 from opmix_dist.tasks.generation import ATTENTION
 from opmix_dist.tasks.prompts import prompt_ids
 from opmix_dist.tasks.records import Task, read_tasks
@@ -52,6 +55,15 @@ def search_tasks(catalogue: Catalogue, name: str, count: int, seed: int) -> list
     tasks = read_tasks(catalogue.root / name)
     order = np.random.default_rng([derive_seed(seed, "tasks", name)]).permutation(len(tasks))
     return [tasks[i] for i in order[:count].tolist()]
+
+
+def _require_groups(tasks: list[Task], file: Path) -> None:
+    """UserError where all are of one group: nothing would tell how sure a difference is."""
+    if int(clusters([task.group for task in tasks]).max()) == 0:
+        raise UserError(
+            f"search.metric tasks: {len(tasks)} task(s) of {file} that the search would choose by are of one "
+            "group, so that no error could be told: add tasks of others, or raise search.tasks.per_domain"
+        )
 
 
 @dataclass
@@ -95,6 +107,7 @@ class TaskMetric:
         for d, name in enumerate(catalogue.names):
             if name in with_tasks:
                 chosen = search_tasks(catalogue, name, settings.per_domain, seed)
+                _require_groups(chosen, catalogue.root / name / TASKS_FILE)
                 where = f"{catalogue.root / name / TASKS_FILE}: a task"
                 stand_ins = [_stand_in(prompt_ids(tokenizer, task, where)) for task in chosen]
                 part = collate(
@@ -123,6 +136,17 @@ class TaskMetric:
         """Of each task, how many its domain has: int64 [n]."""
         sizes = [len(tasks) for tasks in self.by_domain.values()]
         return np.repeat(sizes, sizes)
+
+    @property
+    def clusters(self) -> np.ndarray:
+        """Of each of the N rows the group that it belongs to, int64 [N] from 0: a domain's tasks about the
+        same are no independent examples, samples are."""
+        groups = [""] * (len(self.rows) + len(self.loss_rows))
+        names = [f"{name}/{task.group}" if task.group else "" for name, tasks in self.by_domain.items()
+                 for task in tasks]  # fmt: skip
+        for row, name in zip(self.rows.tolist(), names, strict=True):
+            groups[row] = name
+        return clusters(groups)
 
     @property
     def record(self) -> SearchedTasks:

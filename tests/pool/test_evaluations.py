@@ -314,3 +314,25 @@ def test_work_is_counted_by_samples_and_kind(tmp_path: Path) -> None:
         evaluator.evaluate(U[:1])
         assert evaluator.work[False] == Work(candidates=8, samples=28)
     assert sum(ticks) == 5, "the last one was read"
+
+
+def test_samples_of_a_cluster_are_one() -> None:
+    """Domain 0 has clusters of samples 0, 2 and of 1, domain 1 of 3 and of 4. Sums 6, 1, 4 of 2, 1, 2
+    targets: the loss is 11/5, the residuals 10 - 11/5 * 4 = 6/5 and 1 - 11/5 = -6/5, the error
+    sqrt(2 * 2 * 36/25) / 5.
+    """
+    one = Evaluations(
+        sums=np.array([[6.0, 1.0, 4.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.0, 3.0]]),
+        gradients=None,
+        targets=np.array([2, 1, 2, 1, 1]),
+        domain_ids=DOMAIN_IDS,
+        num_domains=2,
+    )
+    found = one.clustered(np.array([0, 1, 0, 2, 3]))
+    assert found.targets.tolist() == [4, 1, 1, 1]
+    assert found.domain_ids.tolist() == [0, 0, 1, 1]
+    assert found.losses.loss == pytest.approx(one.losses.loss)
+    assert found.losses.stderr[0].tolist() == pytest.approx([2.4 / 5, 0.0])
+    assert found.losses.stderr[1, 1] == pytest.approx(one.losses.stderr[1, 1]) == pytest.approx(1.0)
+    drawn = found.resampled(200, np.random.default_rng(0))[:, 0, 0]
+    assert {round(value, 6) for value in drawn} == {round(value, 6) for value in (10 / 4, 11 / 5, 1.0)}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from opmix_dist.models.loss import sample_loss_sums
 from opmix_dist.pool.task_metric import TaskMetric, search_tasks
 from opmix_dist.report.html import write_report
 from opmix_dist.search_config import TaskMetricConfig
+from opmix_dist.tasks.error_rates import ErrorRate
 from opmix_dist.tasks.scoring import ScoringOptions, score
 from opmix_dist.tasks.unseen import searched_digests
 from opmix_dist.train.roles import run_job
@@ -35,7 +38,7 @@ def data(streaming: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["apple", "blue", "cloud", "door"]
     tasks = [
         {"kind": "multiple_choice", "messages": [{"role": "user", "content": f"Say {i} {word}"}],
-         "choices": words, "answer": word}
+         "choices": words, "answer": word, "group": word}
         for i in range(3) for word in words
     ]  # fmt: skip
     (found / "chats" / TASKS_FILE).write_text("".join(json.dumps(task) + "\n" for task in tasks))
@@ -65,6 +68,10 @@ def test_errors_are_those_of_merged_models(data: Path, mask: bool) -> None:
         rates.add(errors.mean())
     assert len(rates) > 1, "all candidates err alike"
     assert metric.take_tokens() > metric.take_tokens() == 0
+    of_tasks = [[one.group for one in tasks].index(task.group) for task in tasks]
+    found_clusters = metric.clusters.tolist()
+    assert [found_clusters.index(one) for one in found_clusters] == [*of_tasks, 5, 6, 7, 8]
+    assert len({*of_tasks}) < 5, "two tasks of one group"
 
 
 def test_the_choice_of_tasks_is_seeded(data: Path) -> None:
@@ -96,8 +103,16 @@ def test_a_search_on_error_rates(data: Path, tmp_path: Path) -> None:
     assert ((errors > 0) & (errors < 1)).all()
     assert proposal.costs["evaluation"].tokens > 0
     assert proposal.error_rates == ["chats"]
-    chosen = {task.digest for task in search_tasks(open_data(check_config(config).data), "chats", 5, 0)}
-    assert searched_digests([tmp_path / "run"]) == chosen
+    tasks = search_tasks(open_data(check_config(config).data), "chats", 5, 0)
+    assert searched_digests([tmp_path / "run"]) == {task.digest for task in tasks}
+
+    # errors are between groups: as if any `wrong` of the five tasks had been, it matters which of a group
+    (alone,) = [row for row in rows if (row["kind"], row["domain"]) == ("snapshot", "chats")]
+    wrong = round(alone["loss"] * 6 - 0.5)
+    each = [np.isin(np.arange(5), some).astype(float) for some in combinations(range(5), wrong)]
+    rates = [ErrorRate.of(errors, [task.group for task in tasks]).stderr * 5 / 6 for errors in each]
+    assert alone["stderr"] == pytest.approx(min(rates, key=lambda rate: abs(rate - alone["stderr"])))
+    assert not np.isclose(alone["stderr"], ErrorRate.of(each[0], [""] * 5).stderr * 5 / 6)
     assert "chats (error rate)" in write_report(RunDir(tmp_path / "run")).read_text()
 
 
@@ -117,3 +132,11 @@ def test_what_cannot_be_is_refused(data: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="no domain of .* has a tasks.jsonl"):
         TaskMetric.instead(samples, notes, SETTINGS, mask=False, seed=0)
+    name, file = "chats", catalogue.root / "chats" / TASKS_FILE
+    lines = file.read_text().splitlines(keepends=True)
+    copy = tmp_path / "copy"
+    shutil.copytree(catalogue.root, copy)
+    (copy / name / TASKS_FILE).write_text("".join(line for line in lines if '"group": "door"' in line))
+    copied = type(catalogue)(copy, catalogue.names, catalogue.domains)
+    with pytest.raises(UserError, match=r"3 task\(s\) of .*chats/tasks.jsonl .* are of one group"):
+        TaskMetric.instead(samples, copied, SETTINGS, mask=False, seed=0)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from opmix_dist.errors import UserError
-from opmix_dist.tasks.error_rates import ErrorRate, wilson_interval
+from opmix_dist.tasks.error_rates import ErrorRate, clusters, wilson_interval
 from opmix_dist.tasks.records import Task, read_tasks
 from opmix_dist.tasks.scorers import error_of
 
@@ -103,9 +103,33 @@ def test_wilsons_interval() -> None:
 
 def test_standard_errors_come_from_the_number_of_examples() -> None:
     """Errors 1, 0, 0, 0: the mean is 1/4, the variance (9/16 + 3/16) / 3 = 1/4, so s / sqrt(4) = 1/4."""
-    rate = ErrorRate.of(np.array([1.0, 0.0, 0.0, 0.0]))
-    assert (rate.count, rate.mean, rate.stderr) == (4, 0.25, 0.25)
-    assert ErrorRate.of(np.array([1.0])).stderr == 0.0
+    rate = ErrorRate.of(np.array([1.0, 0.0, 0.0, 0.0]), [""] * 4)
+    assert (rate.count, rate.groups, rate.mean, rate.stderr) == (4, 4, 0.25, pytest.approx(0.25))
+    assert rate.effective == pytest.approx(4)
+    assert (rate.low, rate.high) == pytest.approx(wilson_interval(0.25, 4))
+    assert ErrorRate.of(np.array([1.0]), [""]).stderr == 0.0
+
+
+def test_examples_of_a_group_are_not_independent() -> None:
+    """Errors 1, 1 | 0, 0, 0 | 1 with mean 1/2: the groups' residuals are 1, -3/2 and 1/2, their squares 7/2,
+    so the error is sqrt(3/2 * 7/2) / 6. The variance is (6 / 4) / 5 = 3/10, over 6 examples 1/20: these tell
+    as much as 6 * (1/20) / (3/2 * 7/2 / 36) = 72/35 independent ones."""
+    errors, groups = np.array([1.0, 0, 1, 0, 0, 1]), ["a", "b", "a", "b", "b", "c"]
+    rate = ErrorRate.of(errors, groups)
+    assert (rate.count, rate.groups, rate.mean) == (6, 3, 0.5)
+    assert rate.stderr == pytest.approx(np.sqrt(5.25) / 6)
+    assert rate.effective == pytest.approx(72 / 35)
+    assert (rate.low, rate.high) == pytest.approx(wilson_interval(0.5, 72 / 35))
+    assert clusters(["b", "", "a", "", "b"]).tolist() == [0, 1, 2, 3, 0]
+
+
+def test_what_groups_cannot_tell() -> None:
+    same = ErrorRate.of(np.zeros(6), ["a", "a", "a", "b", "b", "b"])
+    assert (same.stderr, same.effective) == (0.0, 2.0), "nothing tells that they are less alike"
+    one = ErrorRate.of(np.array([0.1, 0.2, 0.9]), ["a"] * 3)
+    assert (one.stderr, one.effective) == (0.0, 1.0)
+    opposed = ErrorRate.of(np.array([1.0, 0, 1, 0]), ["a", "a", "b", "b"])
+    assert (opposed.stderr, opposed.effective) == (0.0, 4.0), "never more than there are examples"
 
 
 def test_a_file_is_read(tmp_path: Path) -> None:
