@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import signal
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 from safetensors.torch import load_file
 
+from opmix_dist.cli import main
 from opmix_dist.errors import UserError
 from opmix_dist.exchange.rundir import RunDir, write_record
 from opmix_dist.exchange.schemas import Summary
@@ -17,6 +19,8 @@ from opmix_dist.lifecycle.config import LifecycleConfig, load_lifecycle, resolve
 from opmix_dist.lifecycle.running import chosen_stages, require_same_stages
 from opmix_dist.settings import check_settings
 from opmix_dist.train.roles import run_job
+from tests.launch.test_stopping import Command, written
+from tests.launch.test_stopping import ended as has_died
 from tests.lifecycle.test_config import lifecycle
 from tests.train.jobs import Job, curve, schedule, tiny_config
 
@@ -44,33 +48,48 @@ def whole_config(data: Path, folder: Path, **pool: int) -> dict[str, Any]:
 
 @pytest.mark.launch
 def test_a_lifecycle_that_is_stopped_and_killed_ends_as_its_stages_one_by_one(
-    tiny_data: Path, tmp_path: Path
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A trainer and a pool rank, stopped in the first stage and killed in the second one's search; against
-    runs of the same settings, alone and without a pool rank, in this process."""
+    """A trainer and a pool rank, launched and stopped in the first stage, resumed and killed in the second
+    one's search, and gone on with by hand; against runs of the same settings, alone and without a pool rank,
+    in this process."""
     config = whole_config(tiny_data, tmp_path / "broken", ranks=1)
-    first, second = (RunDir(tmp_path / "broken" / "stages" / str(one["name"])) for one in STAGES)
-    stopped = Job(config, 2, command="lifecycle")
-    stopped.wait_until(lambda: len(first.train_lines()) >= 3, "step 3 of the first stage")
-    for rank in psutil.Process(stopped.process.pid).children():
-        rank.terminate()
-    assert stopped.finish() == 0, stopped.log()
+    life = RunDir(tmp_path / "broken")
+    first, second = (RunDir(life.path / "stages" / str(one["name"])) for one in STAGES)
+
+    def status() -> dict[str, Any]:
+        main(["status", str(life.path), "--json"])
+        return dict(json.loads(capsys.readouterr().out))
+
+    launched = Command(life, "launch", "local", written(config), "--ranks", "2")
+    launched.wait_for(lambda: len(first.train_lines()) >= 3, "step 3 of the first stage")
+    assert main(["cancel", str(life.path)]) == 0
+    assert "saves and stops" in capsys.readouterr().out
+    assert launched.finish() == 128 + signal.SIGTERM, launched.said()
     assert first.stopped() is not None
     assert not second.path.exists()
+    told = status()
+    assert (told["stages"], told["stopped"]) == ({"pretrain": "begun", "midtrain": "waiting"}, True)
 
-    killed = Job(config, 2, command="lifecycle")
-    killed.wait_until(lambda: second.search("0001").request_file.exists(), "the search of the second stage")
-    killed.kill()
-    assert first.summary_file.exists()
+    resumed = Command(life, "resume", str(life.path))
+    resumed.wait_for(lambda: second.search("0001").request_file.exists(), "the search of the second stage")
+    told = status()
+    assert (told["stages"], told["stage"]) == ({"pretrain": "ended", "midtrain": "begun"}, "midtrain")
+    assert (told["active"], told["stopped"]) == (True, False)
+    below = resumed.below("opmix_dist")
+    assert len([process for process in below if "opmix_dist.lifecycle.stage" in process.cmdline()]) == 2
+    assert main(["cancel", str(life.path), "--now"]) == 0
+    assert resumed.finish() == 128 + signal.SIGKILL, resumed.said()
+    assert all(has_died(process) for process in below)
     assert not second.summary_file.exists()
-    resumed = Job(config, 2, command="lifecycle")
-    assert resumed.finish() == 0, resumed.log()
-    assert "stage 1 of 2, pretrain: has ended" in resumed.log()
+    by_hand = Job(config, 2, command="lifecycle")
+    assert by_hand.finish() == 0, by_hand.log()
+    assert "stage 1 of 2, pretrain: has ended" in by_hand.log()
 
     settings = check_settings(LifecycleConfig, whole_config(tiny_data, tmp_path / "whole", ranks=0))
     for stage in resolve(settings):
         run_job(stage.config)
-        ours = RunDir(tmp_path / "broken" / "stages" / stage.name)
+        ours = RunDir(life.path / "stages" / stage.name)
         assert curve(ours) == curve(stage.run)
         assert schedule(ours) == schedule(stage.run)
         assert ours.summary().history == stage.run.summary().history
@@ -78,7 +97,7 @@ def test_a_lifecycle_that_is_stopped_and_killed_ends_as_its_stages_one_by_one(
             expected, found = load_file(file), load_file(ours.export / file.name)
             assert all(found[key].equal(expected[key]) for key in expected)
     assert [line.step for line in second.eval_lines()] == [0, 7]
-    saved = yaml.safe_load((tmp_path / "broken" / "lifecycle.yaml").read_text())
+    saved = yaml.safe_load((life.path / "lifecycle.yaml").read_text())
     assert [stage["name"] for stage in saved["stages"]] == ["pretrain", "midtrain"]
 
 
