@@ -37,12 +37,6 @@ MODEL = {
     "tie_word_embeddings": True,
 }
 """0.5 million parameters with a vocabulary of 2,048."""
-SWEEP = {
-    "lr-half": {"lr_multiplier": 1.0},
-    "lr-double": {"lr_multiplier": 4.0},
-    "rank-4": {"rank": 4},
-    "no-dropout": {"dropout": 0.0},
-}
 
 
 def main() -> None:
@@ -123,13 +117,20 @@ def search_new_domain(run: Path, data: Path, checkpoint: Path, chosen: argparse.
     opmix("search", settings_file(run, settings), ranks=chosen.ranks)
 
 
+def sweep(horizon: int) -> dict[str, dict[str, float]]:
+    """Other kinds of probes, besides those of the searches: learning rate times 2, rank 16."""
+    rates = {f"lr-{times}": {"lr_multiplier": float(times)} for times in (4, 8, 16)}
+    return {**rates, "rank-4": {"rank": 4}, "half-the-steps": {"steps": horizon // 2}}
+
+
 def validate(run: Path, chosen: argparse.Namespace) -> Validation:
     opmix(
         "validate",
         str(run),
         *("--design.mixtures", str(chosen.mixtures)),
         *("--real.seeds", json.dumps(chosen.seeds)),
-        *("--sweep", json.dumps(SWEEP)),
+        *("--keep_models", "true"),  # for another sweep
+        *("--sweep", json.dumps(sweep(chosen.horizon))),
         ranks=chosen.ranks,
     )
     return read_record(ValidationDir(run / "validation" / "0001").result_file, Validation)
