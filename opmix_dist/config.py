@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ByteSize, Field, field_validator, model_validator
 
 from opmix_dist.data.remote import is_url
+from opmix_dist.errors import UserError
 from opmix_dist.method_config import LoRAConfig, MethodConfig
 from opmix_dist.search_config import SearchConfig
 from opmix_dist.settings import Section, check_settings, read_settings
@@ -597,7 +598,13 @@ SEARCH_MAY_CHANGE = (
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply dotted overrides and check it; raises UserError as ``read_settings`` and
     ``check_settings`` do."""
-    return check_config(read_settings(path, overrides))
+    data = read_settings(path, overrides)
+    if "stages" in data:
+        raise UserError(
+            f"{path} is a lifecycle: `opmix lifecycle` and `opmix launch` go through its stages; `opmix "
+            f"lifecycle {path} --print-config` prints each one's settings as a run"
+        )
+    return check_config(data)
 
 
 def check_config(data: Mapping[str, Any]) -> RunConfig:

@@ -102,6 +102,11 @@ def test_stages_that_have_ended_ask_for_no_ranks_and_keep_their_settings(life: s
     assert "stage pretrain has ended with other settings (optimizer.lr)" in changed
 
 
+def test_a_lifecycle_is_no_run(life: str, capsys) -> None:
+    for command in (("train", life), ("plan", life, "--gpu", "h100")):
+        assert f"`opmix lifecycle {life} --print-config` prints" in opmix(capsys, *command, code=2)
+
+
 # --- what is shown ---
 
 
