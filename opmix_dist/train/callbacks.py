@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -110,12 +111,23 @@ class ProgressReporter(Callback):
         self.console.print(f"step {record.step:>6}  mixture {mixture_text(record.weights)}  ({record.why})")
 
     def on_evaluation(self, trainer: Trainer, line: EvalLine) -> None:
-        mean = sum(line.loss.values()) / len(line.loss)
-        parts = "  ".join(f"{name} {loss:.3f}" for name, loss in line.loss.items())
-        self.console.print(f"step {line.step:>6}  held-out mean {mean:.4f}  {parts}")
+        self.console.print(f"step {line.step:>6}  {heldout_text(line, trainer.catalogue.names)}")
 
     def close(self) -> None:
         self.bar.stop()
+
+
+def heldout_text(line: EvalLine, trained: Sequence[str]) -> str:
+    """``held-out mean 2.5000  code 3.000  web 2.000  (watched: old 4.000)``: the mean is over the domains
+    that are trained on; others (``data.watch``) are told apart."""
+    watched = [name for name in line.loss if name not in trained]
+    mean = sum(line.loss[name] for name in trained) / len(trained)
+    text = f"held-out mean {mean:.4f}  {_losses_text(line, trained)}"
+    return f"{text}  (watched: {_losses_text(line, watched)})" if watched else text
+
+
+def _losses_text(line: EvalLine, names: Sequence[str]) -> str:
+    return "  ".join(f"{name} {line.loss[name]:.3f}" for name in names)
 
 
 def mixture_text(weights: dict[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""When the training log is on disk."""
+"""When the training log is on disk, and what lines of it say."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 
 from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import RunDir
-from opmix_dist.exchange.schemas import TrainLine
+from opmix_dist.exchange.schemas import EvalLine, TrainLine
 from opmix_dist.ledger import Ledger
-from opmix_dist.train.callbacks import JsonlLogger
+from opmix_dist.train.callbacks import JsonlLogger, heldout_text
 from opmix_dist.train.trainer import Trainer
 
 
@@ -53,3 +53,13 @@ def test_no_step_waits_for_the_disk_but_a_checkpoint_has_all_lines(
     checkpointer: Any = SimpleNamespace(save=lambda engine, state: events.append("checkpoint"))
     Trainer.save_checkpoint(trainer, checkpointer)
     assert events == ["train.jsonl", "checkpoint"]
+
+
+def test_the_mean_is_of_what_is_trained_on() -> None:
+    found = EvalLine(step=4, tokens=64, loss={"web": 2.0, "code": 3.0, "old": 4.0}, stderr={})
+    assert (
+        heldout_text(found, ["web", "code", "old"])
+        == "held-out mean 3.0000  web 2.000  code 3.000  old 4.000"
+    )
+    watched = "held-out mean 2.5000  web 2.000  code 3.000  (watched: old 4.000)"
+    assert heldout_text(found, ["web", "code"]) == watched
