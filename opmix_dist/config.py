@@ -19,6 +19,8 @@ from opmix_dist.search_config import SearchConfig
 from opmix_dist.settings import Section, check_settings, read_settings
 
 DTypeName = Literal["float32", "bfloat16"]
+PLAIN_ENGINES = ("deepspeed", "megatron")
+"""Those without training methods and adapters."""
 ONE_SOURCE = "give exactly one of model.checkpoint and model.config"
 
 
@@ -491,6 +493,25 @@ class RunConfig(SharedConfig):
             raise ValueError(
                 "model.lora trains fresh adapters, of which no earlier run has moments: set start.optimizer "
                 "to fresh"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_takes_the_method(self) -> RunConfig:
+        """Refused here and not where engines are built, which a later stage of a lifecycle comes to only when
+        the others have been trained."""
+        engine, method = self.engine.name, self.method.name
+        if engine not in PLAIN_ENGINES:
+            return self
+        if self.model.lora is not None:
+            raise ValueError(
+                f"model.lora does not train on engine.name {engine}: set it to single or fsdp, or leave out "
+                "model.lora"
+            )
+        if method != "plain":
+            raise ValueError(
+                f"method.name {method} does not run on engine.name {engine}: set it to single or fsdp, or "
+                "method.name to plain"
             )
         return self
 

@@ -205,7 +205,7 @@ class Engine(ABC):
                 "no sample of the global batch has a token that counts in the loss: raise "
                 "train.global_batch_size, or prepare the data without such samples"
             )
-        assert self.takes_methods or (loss is None and adjust is None), "check() refuses such methods"
+        assert self.takes_methods or (loss is None and adjust is None), "RunConfig refuses such methods"
         self._loss_limit, self._norm_limit = loss_limit, norm_limit
         self._batch_loss, self._adjust = loss, adjust
         try:
@@ -354,24 +354,6 @@ class Engine(ABC):
 
     def _after_loading(self) -> None:  # noqa: B027  (most engines keep one copy)
         """All of :meth:`_set_whole` is done: copies in other dtypes may be made."""
-
-
-def refuse_methods(config: RunConfig) -> None:
-    """For :meth:`Engine.check` of engines that do not take them.
-
-    Raises:
-        UserError: ``method.name`` is not plain, or there is a ``model.lora``.
-    """
-    if config.model.lora is not None:
-        raise UserError(
-            f"model.lora does not train on engine.name {config.engine.name}: set it to single or fsdp, or "
-            "leave out model.lora"
-        )
-    if config.method.name != "plain":
-        raise UserError(
-            f"method.name {config.method.name} does not run on engine.name {config.engine.name}: set it to "
-            "single or fsdp, or method.name to plain"
-        )
 
 
 def loss_checks(losses: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def build_engine(
     chosen = engine_class(name)
     chosen.check(config, world.size)
     _require_length(config, source, world, sequence_length, own_attention=name == "megatron")
-    # most engines know no adapters, and have refused them
+    # most engines know no adapters, and the configuration has refused them
     adapters: dict[str, Any] = {}
     if config.model.lora is not None:
         adapters = {"lora": config.model.lora, "adapter_seed": adapter_seed}

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 from opmix_dist.config import EngineConfig, OptimizerConfig, RunConfig
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import World
-from opmix_dist.engines.base import Kind, NonFiniteError, Replica, StepResult, loss_checks, refuse_methods
+from opmix_dist.engines.base import Kind, NonFiniteError, Replica, StepResult, loss_checks
 from opmix_dist.engines.blocks import prepare_blocks
 from opmix_dist.engines.deepspeed_config import (
     Settings,
@@ -75,7 +75,6 @@ class DeepSpeedEngine(SingleEngine):
 
     @classmethod
     def check(cls, config: RunConfig, ranks: int) -> None:
-        refuse_methods(config)
         if config.train.grad_norm_deviations is not None:
             raise UserError(
                 "train.grad_norm_deviations needs another engine, since DeepSpeed applies a step before it "

@@ -15,13 +15,12 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from opmix_dist.config import EngineConfig, OptimizerConfig, check_config
 from opmix_dist.distributed import Placement, Role, World
 from opmix_dist.engines.base import KINDS
-from opmix_dist.engines.build import build_engine
 from opmix_dist.engines.single import SingleEngine
 from opmix_dist.errors import UserError
 from opmix_dist.method_config import LoRAConfig
 from opmix_dist.models.source import ModelSource, checkpoint_source
 from opmix_dist.train.model_writer import ModelWriter
-from tests.helpers import random_tokens, tiny_llama, tiny_llama_config, uneven_batch
+from tests.helpers import random_tokens, tiny_llama, uneven_batch
 from tests.train.jobs import tiny_config
 
 LORA = LoRAConfig(rank=4, alpha=8)
@@ -176,7 +175,11 @@ def test_what_adapters_cannot_do_is_refused() -> None:
         config(engine={"fsdp": {"tensor_parallel": 2}})
     for name in ("deepspeed", "megatron"):
         with pytest.raises(UserError, match=rf"model\.lora does not train on engine\.name {name}"):
-            build_engine(config(engine={"name": name}), ModelSource(tiny_llama_config()), world(), 16)
+            config(engine={"name": name})
+        with pytest.raises(UserError, match=rf"method\.name ewc does not run on engine\.name {name}"):
+            check_config(
+                tiny_config(Path("data"), Path("run"), engine={"name": name}, method={"name": "ewc"})
+            )
     with pytest.raises(
         UserError, match="Conv1D: adapters adapt torch.nn.Linear only, so leave out model.lora"
     ):

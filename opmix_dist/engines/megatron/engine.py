@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from opmix_dist.config import EngineConfig, OptimizerConfig, RunConfig
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.distributed import World
-from opmix_dist.engines.base import Engine, Kind, Replica, StepResult, loss_checks, refuse_methods
+from opmix_dist.engines.base import Engine, Kind, Replica, StepResult, loss_checks
 from opmix_dist.engines.held import HeldBytes, HeldCounter
 from opmix_dist.engines.megatron.cpu import cpu_in_place_of_cuda
 from opmix_dist.engines.megatron.loss import document_mask, parallel_sample_losses
@@ -91,7 +91,6 @@ class MegatronEngine(Engine):
 
     @classmethod
     def check(cls, config: RunConfig, ranks: int) -> None:
-        refuse_methods(config)
         require_settings(config, ranks)
 
     def held_bytes(self) -> HeldBytes:
