@@ -18,7 +18,8 @@ from opmix_dist.convert_command import add_convert_command
 from opmix_dist.data_commands import add_data_commands
 from opmix_dist.errors import UserError
 from opmix_dist.fit_command import add_fit_command
-from opmix_dist.launch_command import add_launch_commands
+from opmix_dist.launch_command import add_launch_command
+from opmix_dist.launched_commands import add_launched_commands
 from opmix_dist.lifecycle_command import add_lifecycle_command
 from opmix_dist.mixture_command import add_mixture_command
 from opmix_dist.plan_command import add_plan_command
@@ -95,7 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     pool.add_argument("--run", dest="run_dir", required=True, type=Path, help="the trainers' run directory")
     pool.set_defaults(run=_pool)
 
-    add_launch_commands(commands)
+    add_launch_command(commands)
+    add_launched_commands(commands)
     add_top_command(commands)
     add_checkpoints_command(commands)
     add_search_command(commands)

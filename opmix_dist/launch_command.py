@@ -1,10 +1,9 @@
-"""``opmix launch``, ``status``, ``cancel`` and ``resume``."""
+"""``opmix launch``: what starts a run or a lifecycle."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,17 +15,15 @@ from opmix_dist.errors import UserError
 from opmix_dist.telling import tell
 
 if TYPE_CHECKING:
-    from opmix_dist.exchange.rundir import RunDir
-    from opmix_dist.launch.records import LaunchDir, SlurmOptions
+    from opmix_dist.launch.records import SlurmOptions
     from opmix_dist.launch.work import Work
 
-FAILED = 1
 NO_ANSWER = 69
 """Exit status where SLURM could not be asked (EX_UNAVAILABLE of sysexits.h): nothing is known."""
 
 
-def add_launch_commands(commands: Any) -> None:
-    """Add what starts, watches and stops runs to the subcommands of ``opmix``."""
+def add_launch_command(commands: Any) -> None:
+    """Add it to the subcommands of ``opmix``."""
     launch = commands.add_parser(
         "launch", help="start a run or a lifecycle: on this machine, on several, or on SLURM"
     )
@@ -34,32 +31,6 @@ def add_launch_commands(commands: Any) -> None:
     _add_local(kinds)
     _add_torchrun(kinds)
     _add_slurm(kinds)
-
-    status = commands.add_parser(
-        "status",
-        help="where runs are, by their folders and by SLURM",
-        description=f"Ends with status {FAILED} when a run failed, and {NO_ANSWER} when SLURM could not be "
-        "asked, which says nothing about the run.",
-    )
-    status.add_argument("run_dirs", nargs="+", type=Path, help="folders of runs, lifecycles or arrays")
-    status.add_argument("--json", action="store_true", help="a line of JSON for each")
-    status.set_defaults(run=_asking(_status))
-
-    cancel = commands.add_parser(
-        "cancel", help="let a run save and stop, or take it from the queue", description="It can be resumed."
-    )
-    cancel.add_argument("run_dir", type=Path)
-    cancel.add_argument("--now", action="store_true", help="do not wait for a checkpoint")
-    cancel.set_defaults(run=_asking(_cancel))
-
-    resume = commands.add_parser(
-        "resume",
-        help="start a run again as it was started; settings that may change as --dotted.key value",
-    )
-    resume.add_argument("run_dir", type=Path)
-    _add_allocation(resume, again=True)
-    resume.add_argument("--ranks", type=int, help="of a run on this machine")
-    resume.set_defaults(run=_asking(_resume))
 
 
 def _add_local(kinds: Any) -> None:
@@ -94,11 +65,11 @@ def _add_slurm(kinds: Any) -> None:
     slurm.add_argument("--vary", action="append", default=[], metavar="KEY=V,V", help="a run for each value")
     slurm.add_argument("--array-limit", type=int, help="runs of an array that are active at once")
     slurm.add_argument("--dry-run", action="store_true", help="print script and command; needs no SLURM")
-    _add_allocation(slurm, again=False)
-    slurm.set_defaults(run=_asking(_slurm))
+    add_allocation(slurm, again=False)
+    slurm.set_defaults(run=asking(_slurm))
 
 
-def _add_allocation(parser: argparse.ArgumentParser, *, again: bool) -> None:
+def add_allocation(parser: argparse.ArgumentParser, *, again: bool) -> None:
     """Options bear the names of SlurmOptions' fields. What is not given is left out: defaults are there, or
     what was recorded."""
 
@@ -129,7 +100,7 @@ def _add_allocation(parser: argparse.ArgumentParser, *, again: bool) -> None:
     add("--python", "interpreter with opmix_dist, as the nodes see it (default: this one)")
 
 
-def _asking(command: Callable[..., int]) -> Callable[..., int]:
+def asking(command: Callable[..., int]) -> Callable[..., int]:
     """No answer of SLURM is an outcome of its own."""
 
     def run(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -169,7 +140,7 @@ def _start_here(arguments: argparse.Namespace, work: Work, ranks: int, **place: 
     if arguments.dry_run:
         print(shown(_torchrun_command(work, ranks, **place), environment(ranks).items()))
         return 0
-    return _run_and_record(work, ranks, **place)
+    return run_and_record(work, ranks, **place)
 
 
 def _torchrun_command(work: Work, ranks: int, **place: Any) -> list[str]:
@@ -179,7 +150,15 @@ def _torchrun_command(work: Work, ranks: int, **place: Any) -> list[str]:
     return torchrun_command([work.command, str(LaunchDir(work.folder).config_file)], ranks, **place)
 
 
-def _run_and_record(work: Work, ranks: int, **place: Any) -> int:
+def run_and_record(work: Work, ranks: int, **place: Any) -> int:
+    """On this machine to its end; the code as of ``run_here``.
+
+    Args:
+        place: of this machine among several, as of ``torchrun_command``.
+
+    Raises:
+        UserError: something works on it already; NoAnswerError: that cannot be known.
+    """
     from opmix_dist.launch.local import environment, run_here
     from opmix_dist.launch.records import Launch, LaunchDir, LocalProcess, now
     from opmix_dist.launch.watching import require_idle
@@ -195,7 +174,8 @@ def _run_and_record(work: Work, ranks: int, **place: Any) -> int:
     return run_here(_torchrun_command(work, ranks, **place), environment(ranks), work.folder.path)
 
 
-def _slurm_options(arguments: argparse.Namespace) -> dict[str, Any]:
+def slurm_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those that were given, unchecked."""
     from opmix_dist.launch.records import SlurmOptions
 
     given = vars(arguments)
@@ -216,7 +196,7 @@ def _checked(options: dict[str, Any]) -> SlurmOptions:
 def _slurm(arguments: argparse.Namespace, rest: list[str]) -> int:
     from opmix_dist.launch.starting import SlurmStart, Sweep, parse_vary
 
-    given = _slurm_options(arguments)
+    given = slurm_options(arguments)
     gpus = given.get("gpus_per_node", 0)
     given.setdefault("ranks_per_node", gpus or 1)
     given.setdefault("pool_gpus_per_node", gpus)
@@ -233,107 +213,3 @@ def _slurm(arguments: argparse.Namespace, rest: list[str]) -> int:
     job = start.submit()
     tell(f"job {job}: {start.home.path.parent}")
     return 0
-
-
-def _status(arguments: argparse.Namespace, rest: list[str]) -> int:
-    import json
-
-    from opmix_dist.exchange.rundir import RunDir
-    from opmix_dist.launch.records import LaunchDir
-    from opmix_dist.launch.watching import look
-
-    runs: list[RunDir] = []
-    for path in arguments.run_dirs:
-        launched = LaunchDir(RunDir(path))
-        tasks = launched.read().runs if launched.file.exists() else []
-        runs += [RunDir(task) for task in tasks] or [RunDir(path)]
-    found = [look(run) for run in runs]
-    for status in found:
-        if arguments.json:
-            print(json.dumps({"run": status.run, "no_answer": status.no_answer, **status.facts}))
-            continue
-        tell(status.run)
-        width = max(12, *(len(what) + 1 for what, _ in status.lines))
-        for what, how in status.lines:
-            tell(f"  {what:<{width}}{how}")
-    if any(status.no_answer for status in found):
-        return NO_ANSWER
-    return FAILED if any(status.failed for status in found) else 0
-
-
-def _cancel(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from opmix_dist.exchange.rundir import RunDir
-    from opmix_dist.launch import slurm
-    from opmix_dist.launch.records import LaunchDir
-    from opmix_dist.launch.slurm import JobPhase
-
-    run = RunDir(arguments.run_dir)
-    launched = LaunchDir(run)
-    launch = launched.read()
-    if not launch.submissions:
-        return _cancel_here(run, now=arguments.now)
-    job = launch.submissions[-1].job
-    state = slurm.job_state(job)
-    if not state.phase.is_active:
-        tell(f"nothing to cancel: {state.text}")
-        return 0
-    for place in [launched, *(LaunchDir(RunDir(task)) for task in launch.runs)]:
-        place.cancel()  # before SLURM acts: the job's script reads it when it decides about a requeue
-    if state.phase is JobPhase.RUNNING and not arguments.now and not launch.runs:
-        slurm.ask_to_stop(job)
-        tell(f"job {job} saves and stops; `opmix status {run.path}` tells when it has")
-    else:
-        slurm.cancel(job)
-        print(f"job {job} is cancelled")
-    return 0
-
-
-def _cancel_here(run: RunDir, *, now: bool) -> int:
-    from opmix_dist.launch.records import LaunchDir
-    from opmix_dist.launch.watching import lives
-
-    launch = LaunchDir(run).read()
-    alive = lives(launch)
-    if launch.local is None or alive is None:
-        raise UserError(f"{run.path} was started on another machine: cancel it there")
-    if not alive:
-        print("nothing to cancel: its process has ended")
-        return 0
-    os.kill(launch.local.pid, signal.SIGQUIT if now else signal.SIGTERM)
-    print(f"process {launch.local.pid} {'ends' if now else 'saves and stops'}")
-    return 0
-
-
-def _resume(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from opmix_dist.exchange.lifecycles import has_ended
-    from opmix_dist.exchange.rundir import RunDir
-    from opmix_dist.launch.records import LaunchDir
-    from opmix_dist.launch.starting import resume_on_slurm
-    from opmix_dist.launch.work import load_work
-
-    run = RunDir(arguments.run_dir.absolute())
-    if has_ended(run.path):
-        raise UserError(f"{run.path} has ended: there is nothing to resume")
-    launched = LaunchDir(run)
-    launch = launched.read_own()
-    if launch.runs:
-        raise UserError(f"{run.path} is an array of runs: resume those of {launch.runs[0]} ... that want it")
-    _enter(launch.cwd, launched)
-    if launch.options is not None:
-        tell(f"job {resume_on_slurm(run, _slurm_options(arguments), rest)}: {run.path}")
-        return 0
-    assert launch.local is not None
-    ranks = arguments.ranks or launch.local.ranks
-    work = load_work(launched.config_file, rest, place=lambda _: str(run.path))
-    work.check_allocation(range(1, 2), ranks)
-    return _run_and_record(work, ranks)
-
-
-def _enter(folder: str, launched: LaunchDir) -> None:
-    """Relative paths of the configuration start there."""
-    try:
-        os.chdir(folder)
-    except OSError as error:
-        raise UserError(
-            f"{launched.file}: cannot enter {folder}, where it was started: {error.strerror}"
-        ) from None

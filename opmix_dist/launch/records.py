@@ -122,8 +122,8 @@ class LaunchDir:
 
     def _whole(self) -> str:
         """What to name in place of a stage."""
-        above = self.path.absolute().parents
-        return f"; it is a stage, name {above[2]}" if is_lifecycle(above[2]) else ""
+        above = self.path.absolute().parent.parent.parent
+        return f"; it is a stage, name {above}" if is_lifecycle(above) else ""
 
     def read_own(self) -> Launch:
         """As :meth:`read`, of what will be run again: nobody else may say what this user runs.

@@ -88,9 +88,10 @@ def load_work(
             "--pool-nodes is for single runs: the pool of a lifecycle is the last pool.ranks of its ranks"
         )
     if external_pool is False and any(config.pool.external for config in work.runs):
+        nodes = "" if work.stages else "give it --pool-nodes, or "
         raise UserError(
-            "pool.external is set, but nothing would start the pool: give it --pool-nodes, or set pool.ranks "
-            "and leave pool.external out"
+            f"pool.external is set, but nothing would start the pool: {nodes}set pool.ranks and leave "
+            "pool.external out"
         )
     return work
 
