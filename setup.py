@@ -39,6 +39,6 @@ setup(
         "rich",
         "plotly",
     ],
-    extras_require={"deepspeed": ["deepspeed>=0.19.8"]},
+    extras_require={"deepspeed": ["deepspeed>=0.19.8"], "vllm": ["vllm>=0.32"]},
     entry_points={"console_scripts": ["opmix=opmix_dist.cli:main"]},
 )

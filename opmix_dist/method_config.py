@@ -79,6 +79,8 @@ class OLoRAConfig(Section):
     )
 
 
+LEAST_VLLM_TEMPERATURE = 0.01
+"""vLLM raises lower ones to it."""
 Direction = Literal["reverse", "forward"]
 
 
@@ -95,10 +97,26 @@ class OnPolicyConfig(Section):
         1, ge=1, description="steps between refreshes of the copy that samples; 1 is exactly on-policy"
     )
     generation_batch_size: int = Field(32, ge=1, description="prompts of a rank that are replied to at once")
+    generation: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="what samples the replies; vllm: in the trainers' own processes, if installed",
+    )
+    vllm_memory: float = Field(
+        0.3, gt=0, lt=1, description="share of each device's memory that vLLM may have, parameters included"
+    )
     top_k: int | None = Field(
         None, ge=1, description="likeliest tokens of the teacher that the KL is over; null: all, exact"
     )
     skip_tokens: int = Field(0, ge=0, description="first tokens of each reply that are not learnt")
+
+    @model_validator(mode="after")
+    def _warm_enough(self) -> OnPolicyConfig:
+        if self.generation == "vllm" and self.temperature < LEAST_VLLM_TEMPERATURE:
+            raise ValueError(
+                f"temperature {self.temperature} is below {LEAST_VLLM_TEMPERATURE}, the least that vLLM "
+                "samples at: raise it, or set generation to transformers"
+            )
+        return self
 
 
 class SDFTConfig(OnPolicyConfig):

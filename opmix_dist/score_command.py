@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +121,6 @@ def _scored(arguments: argparse.Namespace, tasks: dict[str, Unseen]) -> dict[str
     from opmix_dist.tasks.scoring import ScoringOptions, score
 
     device = _device(arguments.device)
-    generator = _generator(arguments)
     tokenizer = load_tokenizer(arguments.model)
     model = checkpoint_source(arguments.model, attention=ATTENTION).whole()
     torch.nn.Module.to(model, device)
@@ -131,12 +130,13 @@ def _scored(arguments: argparse.Namespace, tasks: dict[str, Unseen]) -> dict[str
         choices=arguments.choices,
         allow_code=arguments.allow_code,
     )
-    return {
-        file: score(
-            model, tokenizer, one.tasks, options, where=file, numbers=one.numbers, generator=generator
-        )
-        for file, one in tasks.items()
-    }
+    with _generator(arguments, device) as generator:
+        return {
+            file: score(
+                model, tokenizer, one.tasks, options, where=file, numbers=one.numbers, generator=generator
+            )
+            for file, one in tasks.items()
+        }
 
 
 def _device(name: str) -> str:
@@ -148,16 +148,19 @@ def _device(name: str) -> str:
     return "cuda" if available and name != "cpu" else "cpu"
 
 
-def _generator(arguments: argparse.Namespace) -> Generator | None:
+@contextmanager
+def _generator(arguments: argparse.Namespace, device: str) -> Iterator[Generator | None]:
     """None: transformers."""
     if arguments.generation == "transformers":
-        return None
-    from opmix_dist.tasks.vllm import generate_with_vllm, require_vllm
+        yield None
+        return
+    from opmix_dist.tasks.vllm import FolderReplies
 
-    require_vllm("--generation")
-    return lambda prompts, ends: generate_with_vllm(
-        arguments.model, prompts, max_new_tokens=arguments.max_new_tokens, end_ids=ends
-    )
+    replies = FolderReplies(arguments.model, device, arguments.max_new_tokens)
+    try:
+        yield replies
+    finally:
+        replies.close()
 
 
 def _write_replies(file: Path, tasks: dict[str, Unseen], found: dict[str, Scored]) -> None:

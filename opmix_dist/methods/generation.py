@@ -1,19 +1,19 @@
-"""A whole copy of the model under training, on every rank, which replies to prompts."""
+"""Whole copies of the model under training, on every rank: what replies to prompts, and teachers."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from opmix_dist.engines.base import Engine
-from opmix_dist.engines.single import materialise
+from opmix_dist.engines.single import DTYPES, materialise
 from opmix_dist.method_config import OnPolicyConfig
+from opmix_dist.methods.base import MethodAround
 from opmix_dist.models.source import ModelSource
 from opmix_dist.tasks.generation import ATTENTION, Generated, Sampling, generate
 
@@ -39,16 +39,19 @@ def fill_from_source(model: PreTrainedModel, source: ModelSource) -> None:
 
 
 @torch.no_grad()
-def mix_in(engine: Engine, shares: Sequence[tuple[PreTrainedModel, float]]) -> None:
-    """Collective. Move each model's parameters towards the engine's, which are put together one at a time:
+def mixed_in(
+    parameters: Iterable[tuple[str, Tensor]], shares: Sequence[tuple[PreTrainedModel, float]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The same ``parameters``, while each model's own move towards those that pass:
     phi <- (1 - share) phi + share theta."""
-    for name, tensor in engine.parameters():
+    for name, tensor in parameters:
         for model, share in shares:
             own = parameter_of(model, name)
             if share == 1.0:
                 own.copy_(tensor)
             else:
                 own.lerp_(tensor.to(own), share)
+        yield name, tensor
 
 
 def parameter_of(model: PreTrainedModel, name: str) -> nn.Parameter:
@@ -61,19 +64,51 @@ def named(prefix: str, model: PreTrainedModel) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": parameter.detach() for name, parameter in parameters}
 
 
-@dataclass(frozen=True)
-class Policy:
-    """What samples replies.
+class Policy(ABC):
+    """What samples replies, with parameters of its own on every rank."""
 
-    end_ids: tokens that end a reply.
-    """
+    @abstractmethod
+    def refresh(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Take these parameters, one at a time, all that there are.
 
-    model: PreTrainedModel
-    config: OnPolicyConfig
-    end_ids: Sequence[int]
+        Args:
+            parameters: as of ``Engine.parameters``, which is collective.
+        """
+
+    @abstractmethod
+    def sample(self, prompts: Sequence[Sequence[int]], limits: Sequence[int], seed: int) -> Generated:
+        """A reply to each prompt, of at most as many tokens as its limit says. Not collective."""
+
+    @abstractmethod
+    def kept(self) -> dict[str, Tensor]:
+        """The parameters, for ``Engine.beside``: of a policy that is older than a checkpoint, which is asked
+        before any refresh."""
+
+    @abstractmethod
+    def restore(self) -> None:
+        """A checkpoint was read into what was :meth:`kept`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Not collective."""
+
+
+class TransformersPolicy(Policy):
+    """A copy of the model."""
+
+    def __init__(self, model: PreTrainedModel, config: OnPolicyConfig, end_ids: Sequence[int]) -> None:
+        """
+        Args:
+            model: of :func:`whole_model`.
+            end_ids: tokens that end a reply.
+        """
+        self.model, self.config, self.end_ids = model, config, end_ids
+
+    def refresh(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        for _ in mixed_in(parameters, [(self.model, 1.0)]):
+            pass
 
     def sample(self, prompts: Sequence[Sequence[int]], limits: Sequence[int], seed: int) -> Generated:
-        """A reply to each prompt, of at most as many tokens as its limit says."""
         return generate(
             self.model,
             prompts,
@@ -82,3 +117,26 @@ class Policy:
             batch_size=self.config.generation_batch_size,
             sampling=Sampling(self.config.temperature, self.config.top_p, seed),
         )
+
+    def kept(self) -> dict[str, Tensor]:
+        return named("policy", self.model)
+
+    def restore(self) -> None:
+        """The checkpoint was read into the model itself."""
+
+    def close(self) -> None:
+        pass
+
+
+def build_policy(around: MethodAround, config: OnPolicyConfig, end_ids: Sequence[int]) -> Policy:
+    """Collective over the trainer ranks.
+
+    Raises:
+        UserError: what ``generation`` names is missing, or cannot run the model.
+    """
+    if config.generation == "vllm":
+        from opmix_dist.methods.vllm_policy import VLLMPolicy
+
+        return VLLMPolicy(around, config, end_ids)
+    dtype = DTYPES[around.config.engine.param_dtype]
+    return TransformersPolicy(whole_model(around.source, around.world.device, dtype), config, end_ids)

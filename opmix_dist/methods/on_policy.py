@@ -18,7 +18,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from opmix_dist.data.batch import TokenBatch
 from opmix_dist.engines.single import DTYPES
@@ -27,13 +27,13 @@ from opmix_dist.method_config import OnPolicyConfig
 from opmix_dist.methods.base import Method, MethodAround, StepWork
 from opmix_dist.methods.conversations import Conversation, Text, documents
 from opmix_dist.methods.divergence import divergences
-from opmix_dist.methods.generation import Policy, mix_in, named, whole_model
+from opmix_dist.methods.generation import build_policy, mixed_in
 from opmix_dist.methods.replied import Packing, RepliedBatch
 from opmix_dist.models.documents import require_documents_apart
 from opmix_dist.models.flops import count_flops
 from opmix_dist.models.loss import sample_loss_sums, target_logits
 from opmix_dist.seeds import derive_seed
-from opmix_dist.tasks.generation import ATTENTION
+from opmix_dist.tasks.generation import ATTENTION, most_positions
 from opmix_dist.tasks.prompts import end_ids
 
 
@@ -79,14 +79,14 @@ class OnPolicy(Method):
         """
         super().__init__(around)
         self._require_conversations()
-        engine, device = around.engine, around.world.device
+        engine = around.engine
         self.end_ids = end_ids(around.catalogue.load_tokenizer())
         self.dtype = DTYPES[around.config.engine.param_dtype]
-        self.policy = Policy(whole_model(around.source, device, self.dtype), self.config, self.end_ids)
+        self.policy = build_policy(around, self.config, self.end_ids)
         self._policy_step: int | None = None
         """Finished steps of the parameters that the policy has."""
         if self.config.refresh_steps > 1:  # not to be made again from a later checkpoint's parameters
-            engine.beside = {**engine.beside, **named("policy", self.policy.model)}
+            engine.beside = {**engine.beside, **self.policy.kept()}
         self._last: _Counts | None = None
 
     @abstractmethod
@@ -99,15 +99,19 @@ class OnPolicy(Method):
 
     def begin(self, step: int) -> None:
         if step == 0:
-            mix_in(self.around.engine, [(model, 1.0) for model, _ in self.averaged()] + [self._copy])
+            self._refresh([(model, 1.0) for model, _ in self.averaged()])
             self._policy_step = 0
         self._require_apart()
 
     def prepare(self, step: int, microbatches: Sequence[TokenBatch]) -> StepWork:
-        if self.config.refresh_steps == 1 and self._policy_step != step:  # after a resume or a rollback
+        refreshed = step - step % self.config.refresh_steps
+        if self._policy_step != refreshed:  # after a resume or a rollback
             with self.around.ledger.timed("generation"):
-                mix_in(self.around.engine, [self._copy])
-            self._policy_step = step
+                if refreshed == step:
+                    self._refresh()
+                else:
+                    self.policy.restore()
+            self._policy_step = refreshed
         batch = TokenBatch.cat(microbatches)
         with self.around.ledger.timed("generation"):
             replied, counts = self._reply(step, batch)
@@ -118,7 +122,7 @@ class OnPolicy(Method):
     def applied(self, step: int) -> None:
         if (step + 1) % self.config.refresh_steps == 0:
             with self.around.ledger.timed("generation"):
-                mix_in(self.around.engine, [*self.averaged(), self._copy])
+                self._refresh(self.averaged())
             self._policy_step = step + 1
 
     def numbers(self) -> dict[str, float]:
@@ -148,6 +152,13 @@ class OnPolicy(Method):
             found[distilled] = self._divergences(logits[distilled], batch.teacher)
         samples = picked.nonzero()[:, 0]
         return torch.zeros(len(batch), dtype=wide, device=logits.device).index_add(0, samples, found)
+
+    def close(self) -> None:
+        self.policy.close()
+
+    def _refresh(self, averaged: Sequence[tuple[PreTrainedModel, float]] = ()) -> None:
+        """Collective. Of the policy, while ``averaged`` move by their shares."""
+        self.policy.refresh(mixed_in(self.around.engine.parameters(), averaged))
 
     def _divergences(self, student: Tensor, batch: TokenBatch) -> Tensor:
         with self.around.ledger.timed("teacher"), torch.no_grad():
@@ -192,7 +203,8 @@ class OnPolicy(Method):
     def _ask(self, conversation: Conversation) -> _Asked | None:
         """None where either model has no position left for a reply."""
         context = self.context(conversation)
-        rooms = (_room(self.policy.model, conversation.prompt), _room(self.teacher, context))
+        student, teacher = self.around.source.hf_config, self.teacher.config
+        rooms = (_room(student, conversation.prompt), _room(teacher, context))
         limit = min(self.config.max_new_tokens, *rooms)
         return _Asked(conversation.prompt, context, limit) if limit >= 1 else None
 
@@ -210,10 +222,6 @@ class OnPolicy(Method):
     def _teacher_flops(self) -> float:
         """Of a forward pass, per token; attention is that over T positions, as of the student's."""
         return count_flops(self.teacher, self.around.catalogue.sequence_length).forward
-
-    @property
-    def _copy(self) -> tuple[PreTrainedModel, float]:
-        return self.policy.model, 1.0
 
     def _compute_context(self) -> AbstractContextManager[None]:
         if self.dtype is torch.float32:
@@ -254,7 +262,7 @@ class OnPolicy(Method):
             )
 
 
-def _room(model: PreTrainedModel, tokens: Sequence[int]) -> int:
+def _room(model: PretrainedConfig, tokens: Sequence[int]) -> int:
     """Positions that are left behind ``tokens``."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return (1 << 30) if most is None else int(most) - len(tokens)
+    most = most_positions(model)
+    return (1 << 30) if most is None else most - len(tokens)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from opmix_dist.errors import UserError
 
@@ -101,13 +102,22 @@ def _generate_batch(
         pad_token_id=0,  # never attended to, and behind an end never looked at
         **_draws(sampling),
     )
-    found = cast(Any, model).generate(
-        ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        generation_config=config,
-        use_model_defaults=False,  # a checkpoint's own settings would be mixed in
-    )
+    with _own_settings_aside(model):
+        found = cast(Any, model).generate(
+            ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+        )
     return cast(list[list[int]], found[:, length:].tolist())
+
+
+@contextmanager
+def _own_settings_aside(model: PreTrainedModel) -> Iterator[None]:
+    """Else ``generate`` mixes a checkpoint's own into those that it is given; how to forbid that by an
+    argument differs between transformers 4 and 5."""
+    kept, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = kept
 
 
 def _draws(sampling: Sampling | None) -> dict[str, float | bool]:
@@ -122,9 +132,15 @@ def _ended(reply: list[int], end_ids: Sequence[int]) -> list[int]:
     return reply[: ends[0] + 1] if ends else reply
 
 
+def most_positions(config: PretrainedConfig) -> int | None:
+    """Of a model; None: it has no such limit."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if most is None else int(most)
+
+
 def require_room(model: PreTrainedModel, tokens: int, what: str) -> None:
     """UserError where ``tokens`` are more than the model has positions."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = most_positions(model.config)
     if most is not None and tokens > most:
         raise UserError(
             f"{what}: prompt and reply may take {tokens} tokens, but the model has {most} positions: lower "

@@ -233,11 +233,22 @@ def test_another_model_teaches(data: Path, tmp_path: Path) -> None:
         ("data", {"domains": ["notes"]}, "none of data.domains has any"),
         ("method", {"name": "distill"}, "needs method.distill.teacher"),
         ("method", {"name": "distill", "distill": {"teacher": "one made here"}}, "has another tokenizer"),
+        (
+            "method",
+            {"sdft": {"generation": "vllm"}},
+            r"^method\.sdft\.generation vllm: vLLM is not installed",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(
-    data: Path, tmp_path: Path, section: str, change: dict[str, Any], said: str
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    section: str,
+    change: dict[str, Any],
+    said: str,
 ) -> None:
+    monkeypatch.setattr("opmix_dist.tasks.vllm.find_spec", lambda name: None)
     config = job_config(data, tmp_path / "run", sdft(FROZEN))
     config[section] |= change
     if section == "data" and "domains" in change:
