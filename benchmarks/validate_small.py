@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from benchmarks import machine
 from opmix_dist.exchange.files import read_json
@@ -117,10 +118,12 @@ def search_new_domain(run: Path, data: Path, checkpoint: Path, chosen: argparse.
     opmix("search", settings_file(run, settings), ranks=chosen.ranks)
 
 
-def sweep(horizon: int) -> dict[str, dict[str, float]]:
-    """Other kinds of probes, besides those of the searches: learning rate times 2, rank 16."""
-    rates = {f"lr-{times}": {"lr_multiplier": float(times)} for times in (4, 8, 16)}
-    return {**rates, "rank-4": {"rank": 4}, "half-the-steps": {"steps": horizon // 2}}
+def sweep(horizon: int) -> dict[str, dict[str, Any]]:
+    """Other ways to simulate. The searches' probes have twice the learning rate and rank 16; ``norm`` puts
+    these very probes together in another way."""
+    rates = {f"lr-{times}": {"lr_multiplier": float(times)} for times in (4, 8)}
+    probes = {**rates, "rank-4": {"rank": 4}, "half-the-steps": {"steps": horizon // 2}}
+    return {"norm": {"interpolation": "norm"}, **probes}
 
 
 def validate(run: Path, chosen: argparse.Namespace) -> Validation:

@@ -18,6 +18,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Rise = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Confidence = Annotated[float, Field(gt=0.5, lt=1)]
+InterpolationName = Literal["linear", "norm"]
 
 
 class ProbeConfig(Section):
@@ -69,6 +70,11 @@ class CandidateConfig(Section):
         True, description="make the current mixture the first candidate; the paper's are Dirichlet draws only"
     )
     dirichlet_alpha: float = Field(1.0, gt=0, description="concentration of the Dirichlet over components")
+    interpolation: InterpolationName = Field(
+        "linear",
+        description="linear: the mean of the probes' deltas (paper); norm: with the length that they have on "
+        "average, as training on the mixture has",
+    )
     samples_per_domain: int = Field(
         64, ge=1, description="held-out samples per domain; never the reported ones"
     )

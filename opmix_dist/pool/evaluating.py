@@ -26,6 +26,7 @@ from opmix_dist.pool.early_stop import EarlyStop
 from opmix_dist.pool.errors import AgreedError, BrokenTeamError, SearchError
 from opmix_dist.pool.evaluation_files import identity_of
 from opmix_dist.pool.evaluations import Evaluations, Evaluator, Measurement, Work
+from opmix_dist.pool.interpolation import Interpolation
 from opmix_dist.pool.plan import Planner, chosen_dtype, halved
 from opmix_dist.pool.stream import stratified_order
 from opmix_dist.pool.task_metric import TaskMetric
@@ -72,6 +73,7 @@ class Evaluating:
         self.order = stratified_order(heldout.domain_ids.numpy())
         self.plan: EvaluationPlan
         self.evaluator: Evaluator
+        self.interpolation: Interpolation
         self.out_of_memory = False
 
     @contextmanager
@@ -119,6 +121,7 @@ class Evaluating:
     def open(self) -> None:
         """Collective. What was evaluated by this plan before is found again."""
         self.out_of_memory = False
+        self.interpolation = Interpolation.of(self.config.search.candidates.interpolation, self.adapters)
         self.evaluator = Evaluator(
             self.search.evaluations,
             self._on_leader(self._identity),
@@ -148,6 +151,7 @@ class Evaluating:
             self.heldout,
             (plan.method, plan.joint, plan.batch_size, plan.dtype, plan.kernels),
             self.config.model.attention,
+            *(() if self.interpolation.gram is None else ("norm",)),
             *(() if self.tasks is None else (self.tasks.fingerprint,)),
         )
 
@@ -216,7 +220,7 @@ class Evaluating:
         assert self.plan.gradient_batch_size is not None
         found = simulate_with_gradients(
             self.adapters,
-            U,
+            self.interpolation.coefficients(U),
             self.heldout.batch,
             self.heldout.domain_ids,
             len(self.request.domains),
@@ -224,13 +228,14 @@ class Evaluating:
             team=team,
             on_progress=self.on_progress,
         )
-        return found.sums, None, found.gradients
+        return found.sums, None, self.interpolation.gradients(U, found.gradients)
 
     def _simulated(self, U: np.ndarray, stopping: EarlyStop | None, team: Team) -> Measurement:
+        coefficients = self.interpolation.coefficients(U)
         if self.tasks is not None:
             sums = self.tasks.sums(
                 self.adapters,
-                U,
+                coefficients,
                 self.heldout.batch,
                 batch_size=self.plan.batch_size,
                 on_progress=self.on_progress,
@@ -238,7 +243,7 @@ class Evaluating:
             return sums, None, None
         found = simulate_sums(
             self.adapters,
-            U,
+            coefficients,
             self.heldout.batch,
             method=self.plan.method,
             batch_size=self.plan.batch_size,

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from opmix_dist.config import ScheduleConfig
-from opmix_dist.search_config import Count, ProbeConfig
+from opmix_dist.search_config import Count, InterpolationName, ProbeConfig
 from opmix_dist.settings import Section, check_settings, read_settings
 
 VariantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,31}$")]
@@ -73,10 +73,17 @@ class VariantConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None, description="dropout on each adapter's input"
     )
+    interpolation: InterpolationName | None = Field(
+        None, description="as of search.candidates.interpolation; alone, it takes the search's own probes"
+    )
 
     def probes(self, of_search: ProbeConfig) -> ProbeConfig:
         """The search's settings with what is set here in their place."""
-        changed = {name: value for name, value in self.model_dump().items() if value is not None}
+        changed = {
+            name: value
+            for name, value in self.model_dump(exclude={"interpolation"}).items()
+            if value is not None
+        }
         if self.rank is not None:
             changed["alpha"] = max(1, round(of_search.alpha * self.rank / of_search.rank))
         return ProbeConfig(**{**of_search.model_dump(), **changed})

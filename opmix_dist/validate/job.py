@@ -170,7 +170,7 @@ class _Validating:
         makes = ProbeWays(self.request, self.config, self.catalogue, self.world, self.crew, identity)
         found = {SNAPSHOT: by_snapshot(identity), PROBES: makes.of_search(self.search)}
         for name, variant in self.settings.sweep.items():
-            found[name] = makes.of_variant(name, variant, self.folder.sweep)
+            found[name] = makes.of_variant(name, variant, self.search, self.folder.sweep)
         if self.settings.full_parameters:
             found[FULL] = by_full_parameters(self._component_runs(), self._trained)
         return found
@@ -184,7 +184,8 @@ class _Validating:
         """Collective. Other probes than the search's, where they are asked for."""
         for name in self.settings.sweep:
             groups = self.ways[name].probes
-            assert groups is not None
+            if groups is None:
+                continue
             missing, probes = groups.missing(), groups.config.search.probes
             on_step = telling_steps(name, probes.steps, self.world.is_leader)
             if missing:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from opmix_dist.engines.single import materialise
 from opmix_dist.models.lora import JointAdapters
 from opmix_dist.models.source import Index, ModelSource
+from opmix_dist.pool.interpolation import Interpolation
 from opmix_dist.pool.loading import load
 from opmix_dist.validate.real import put
 
@@ -45,16 +46,17 @@ class BySnapshot:
 
 @dataclass(frozen=True)
 class ByProbes:
-    """W + s sum_k u_k B_k A_k, as candidates are simulated."""
+    """W + s sum_k c_k(u) B_k A_k, as candidates are simulated."""
 
     adapters: JointAdapters
+    interpolation: Interpolation
 
     @property
     def model(self) -> PreTrainedModel:
         return self.adapters.model
 
     def at(self, u: np.ndarray) -> AbstractContextManager[None]:
-        return self.adapters.simulating(torch.as_tensor(u, dtype=torch.float64)[None])
+        return self.adapters.simulating(torch.as_tensor(self.interpolation.coefficients(u[None])))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -19,10 +19,11 @@ from opmix_dist.exchange.rundir import SearchDir
 from opmix_dist.exchange.schemas import SearchRequest
 from opmix_dist.models.peft_files import ADAPTER_FILE
 from opmix_dist.models.source import ModelSource
+from opmix_dist.pool.interpolation import Interpolation
 from opmix_dist.pool.plan import chosen_kernels
 from opmix_dist.pool.probe_groups import ProbeGroups
 from opmix_dist.pool.team import Crew
-from opmix_dist.search_config import ProbeConfig
+from opmix_dist.search_config import InterpolationName, ProbeConfig
 from opmix_dist.validate.config import VariantConfig
 from opmix_dist.validate.records import digest
 from opmix_dist.validate.simulators import ByFullParameters, ByProbes, BySnapshot, Simulator
@@ -80,19 +81,29 @@ class ProbeWays:
     identity: str
 
     def of_search(self, search: SearchDir) -> Way:
-        return self._way("the search's own probes", search, self.config.search.probes)
-
-    def of_variant(self, name: str, variant: VariantConfig, folder: Path) -> Way:
-        """Probes of other settings, in a folder of their own below ``folder``."""
-        probes = variant.probes(self.config.search.probes)
-        tag = digest(self.identity, probes.model_dump(mode="json"))[:8]
-        changed = variant.model_dump(exclude_none=True).items()
-        about = ", ".join(f"{key} {value:g}" for key, value in changed)
+        settings = self.config.search
         return self._way(
-            f"probes with {about or 'nothing changed'}", SearchDir(folder / f"{name}-{tag}"), probes
+            "the search's own probes", search, settings.probes, settings.candidates.interpolation
         )
 
-    def _way(self, about: str, place: SearchDir, probes: ProbeConfig) -> Way:
+    def of_variant(self, name: str, variant: VariantConfig, search: SearchDir, folder: Path) -> Way:
+        """Probes of other settings, in a folder of their own below ``folder``; where none is another, those
+        of ``search``, which are there."""
+        settings = self.config.search
+        interpolation = variant.interpolation or settings.candidates.interpolation
+        changed = variant.model_dump(exclude_none=True).items()
+        words = (f"{key} {value if isinstance(value, str) else f'{value:g}'}" for key, value in changed)
+        about = f"probes with {', '.join(words) or 'nothing changed'}"
+        probes = variant.probes(settings.probes)
+        if probes == settings.probes:
+            way = self._way(about, search, probes, interpolation)
+            return replace(way, probes=None)
+        tag = digest(self.identity, probes.model_dump(mode="json"))[:8]
+        return self._way(about, SearchDir(folder / f"{name}-{tag}"), probes, interpolation)
+
+    def _way(
+        self, about: str, place: SearchDir, probes: ProbeConfig, interpolation: InterpolationName
+    ) -> Way:
         search = self.config.search.model_copy(update={"probes": probes})
         groups = ProbeGroups(
             place,
@@ -108,9 +119,14 @@ class ProbeWays:
         def identity() -> str:
             """Of the weights themselves: probes that were trained anew are others."""
             adapters = [place.probe(name) / ADAPTER_FILE for name in self.request.components]
-            return digest(self.identity, [hash_file(path) for path in adapters])
+            rule = [] if interpolation == "linear" else [interpolation]
+            return digest(self.identity, [hash_file(path) for path in adapters], *rule)
 
-        return Way(about, identity, lambda model, seed: ByProbes(groups.load(model)), groups)
+        def build(model: PreTrainedModel, seed: int) -> ByProbes:
+            adapters = groups.load(model)
+            return ByProbes(adapters, Interpolation.of(interpolation, adapters))
+
+        return Way(about, identity, build, groups)
 
 
 def hash_file(path: Path) -> str:

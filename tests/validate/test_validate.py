@@ -35,7 +35,7 @@ from tests.train.jobs import tiny_config
 DOMAINS = ["json", "prose"]
 STEPS, SEARCH_STEP = 6, 3
 SEEDS = [0, 1]
-SWEEP = {"hot": {"lr_multiplier": 8, "rank": 1}}
+SWEEP = {"hot": {"lr_multiplier": 8, "rank": 1}, "norm": {"interpolation": "norm"}}
 
 
 def config(data: Path, run: Path, policy: str) -> RunConfig:
@@ -90,7 +90,7 @@ def test_a_validation_compares_real_runs_with_each_way_to_simulate(
 ) -> None:
     found, folder = finished
     assert [point.name for point in found.points[:5]] == ["old", *DOMAINS, "proposal", "design-1"]
-    assert [one.name for one in found.simulators] == ["probes", "hot", "full"]
+    assert [one.name for one in found.simulators] == ["probes", "hot", "norm", "full"]
     proposal = searched.search("0001").proposal()
     by_name = {point.name: point for point in found.points}
     # simulated as the search itself has simulated it, on the same samples
@@ -101,6 +101,13 @@ def test_a_validation_compares_real_runs_with_each_way_to_simulate(
         assert by_name[name].simulated["full"] == pytest.approx(by_name[name].real, abs=1e-5)
         assert max(by_name[name].divergence["full"].values()) < 1e-6
         assert min(by_name[name].divergence["probes"].values()) > 1e-6
+        assert by_name[name].simulated["norm"] == pytest.approx(by_name[name].simulated["probes"], abs=1e-6)
+    assert by_name["design-1"].simulated["norm"] != pytest.approx(
+        by_name["design-1"].simulated["probes"], abs=1e-5
+    )
+    assert [path.name.split("-")[0] for path in folder.sweep.iterdir()] == ["hot"], (
+        "norm has the search's own"
+    )
     averages = [point for point in found.points if point.kind == "average"]
     assert averages
     for point in averages:  # one real run, other simulations
