@@ -52,9 +52,11 @@ def _on_policy(name: str) -> Settings:
 
 
 UNIFORM = _static("uniform")
+NORM: Settings = {"search": {"candidates": {"interpolation": "norm"}}}
 METHODS: dict[str, Method] = {
     "retrain": Method("from scratch at each stage, all domains so far alike", UNIFORM, UNIFORM, fresh=True),
     "opmix": Method("a search in each stage, as the configuration has it"),
+    "opmix_norm": Method("the same with search.candidates.interpolation norm", NORM, NORM),
     "naive": Method("new domains only, one stage after the other", UNIFORM, _naive()),
     "replay": Method("10% old domains, 90% new ones", UNIFORM, _static({"old": 0.1, "new": 0.9})),
     "uniform": Method("all domains so far alike", UNIFORM, UNIFORM),
