@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
@@ -69,7 +69,8 @@ class VLLM:
                 f"{options.setting} vllm: vLLM is installed for {made_for}, and this runs on "
                 f"{options.device.type}: install vLLM for that, or take transformers"
             )
-        with _seeds_kept(options.device), _rank_variables(options.device):
+        kept = _default_group_kept(self._joined)
+        with _seeds_kept(options.device), _rank_variables(options.device), kept:
             self._llm = _start(folder, options, weights=weights)
 
     def generate(
@@ -94,7 +95,8 @@ class VLLM:
             )
             for place, limit in enumerate(limits)
         ]
-        outputs = self._llm.generate(asked, how, use_tqdm=False)
+        with _seeds_kept(self._device):
+            outputs = self._llm.generate(asked, how, use_tqdm=False)
         replies = [list(output.outputs[0].token_ids) for output in outputs]
         tokens = sum(len(p) + len(reply) - 1 for p, reply in zip(prompts, replies, strict=True))
         return Generated(replies, tokens)
@@ -135,7 +137,7 @@ class VLLM:
 
     def close(self) -> None:
         """Free its memory and its process groups. Not collective."""
-        with _default_group_kept() if self._joined else nullcontext():
+        with _default_group_kept(self._joined):
             self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         gc.collect()
@@ -192,6 +194,9 @@ def _start(folder: str, options: EngineOptions, *, weights: bool) -> LLM:
             **more,
         )
     except Exception as error:  # vLLM raises what it stumbles on: of memory, dtypes, architectures
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()  # it leaves its groups, over which the next start would stumble
         text = " ".join(str(error).split())[:400] or type(error).__name__
         raise UserError(f"{options.setting} vllm: vLLM cannot run the model: {text}") from error
 
@@ -225,13 +230,18 @@ def _rank_variables(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _default_group_kept() -> Iterator[None]:
-    """vLLM's end of its work ends the process's default group too, which was there before it."""
+def _default_group_kept(joined: bool) -> Iterator[None]:
+    """vLLM's end of its work, or of a start that failed, ends the process's default group too, also where that
+    was ``joined`` before it."""
+    if not joined:
+        yield
+        return
     from vllm.distributed import parallel_state
 
     def end_own_group() -> None:
-        parallel_state.get_world_group().destroy()
-        parallel_state._WORLD = None
+        if parallel_state._WORLD is not None:
+            parallel_state._WORLD.destroy()
+        parallel_state._WORLD = parallel_state._NODE_COUNT = None
 
     before = parallel_state.destroy_distributed_environment
     parallel_state.destroy_distributed_environment = end_own_group
