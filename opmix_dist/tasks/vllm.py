@@ -91,7 +91,11 @@ class VLLM:
         asked = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
         how = [
             SamplingParams(
-                max_tokens=limit, stop_token_ids=list(end_ids), detokenize=False, **_draws(sampling, place)
+                max_tokens=limit,
+                ignore_eos=True,  # the checkpoint's own tokens that end a reply
+                stop_token_ids=list(end_ids),
+                detokenize=False,
+                **_draws(sampling, place),
             )
             for place, limit in enumerate(limits)
         ]
@@ -173,11 +177,11 @@ class FolderReplies:
 
 
 def _start(folder: str, options: EngineOptions, *, weights: bool) -> LLM:
-    from vllm import LLM
+    from vllm import LLM, SamplingParams, TokensPrompt
 
     more = {} if options.sequences is None else {"max_num_seqs": options.sequences}
     try:
-        return LLM(
+        llm = LLM(
             model=folder,
             skip_tokenizer_init=True,
             trust_remote_code=False,
@@ -193,6 +197,10 @@ def _start(folder: str, options: EngineOptions, *, weights: bool) -> LLM:
             seed=0,
             **more,
         )
+        # on a CPU, that its attention cannot take the model shows only now
+        token = TokensPrompt(prompt_token_ids=[0])
+        llm.generate([token], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
+        return llm
     except Exception as error:  # vLLM raises what it stumbles on: of memory, dtypes, architectures
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
@@ -231,7 +239,7 @@ def _rank_variables(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _default_group_kept(joined: bool) -> Iterator[None]:
-    """vLLM's end of its work, or of a start that failed, ends the process's default group too, also where that
+    """vLLM's end of its work, or of a start that failed, ends the process's default group too, also one that
     was ``joined`` before it."""
     if not joined:
         yield
