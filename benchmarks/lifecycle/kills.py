@@ -4,7 +4,8 @@
 
 Runs the lifecycle once without a disturbance, and once more with signals at times drawn from a seed, each
 time with the same command again. The two must agree to the last bit: held-out losses of every evaluation and
-mixtures of every stage, and the weights at the end. Writes benchmarks/results/lifecycle_kills.md.
+mixtures of every stage, and the weights at the end. Writes benchmarks/results/lifecycle_kills.md. What was
+killed is noted, and a run of this that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import psutil
 from safetensors.torch import load_file
+from torch import Tensor
 
 from benchmarks.lifecycle.lives import ROOT, prepare
 from benchmarks.machine import describe, table
+from opmix_dist.exchange import files
 from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.lifecycle.config import Stage, load_lifecycle, resolve
 from opmix_dist.lifecycle.running import ENDED
@@ -66,8 +69,6 @@ def main() -> int:
         if _start(chosen.config, whole, chosen.runs / "undisturbed.log").wait() != ENDED:
             raise SystemExit(f"the undisturbed lifecycle failed: see {chosen.runs / 'undisturbed.log'}")
     broken = (chosen.runs / f"seed{chosen.seed}").resolve()
-    if broken.exists():
-        raise SystemExit(f"{broken} is there already: remove it, or choose another --seed")
     kills = list(_until_it_ends(chosen, broken))
     differences = list(_differences(_stages(chosen.config, whole), _stages(chosen.config, broken)))
     chosen.out.write_text(_page(chosen, kills, differences))
@@ -88,14 +89,19 @@ def _start(config: Path, folder: Path, log: Path) -> subprocess.Popen[bytes]:
 
 
 def _until_it_ends(chosen: argparse.Namespace, folder: Path) -> Iterator[Kill]:
-    """Launches, each but the last ended by a signal."""
+    """Launches, each but the last ended by a signal; those of an earlier run of this first."""
     draws = np.random.default_rng(chosen.seed)
     stages, log = _stages(chosen.config, folder), folder.with_suffix(".log")
+    noted = folder.with_suffix(".jsonl")
+    earlier = files.read_jsonl(noted)
     while True:
+        way, seconds = str(draws.choice(list(WAYS))), draws.uniform(*chosen.seconds)
+        if earlier:
+            yield Kill(**earlier.pop(0))
+            continue
         launch = _start(chosen.config, folder, log)
-        way = str(draws.choice(list(WAYS)))
         try:
-            code = launch.wait(draws.uniform(*chosen.seconds))
+            code = launch.wait(seconds)
         except subprocess.TimeoutExpired:
             where = _where(stages)
             _send(way, launch.pid)
@@ -103,6 +109,7 @@ def _until_it_ends(chosen: argparse.Namespace, folder: Path) -> Iterator[Kill]:
             if kill.code == ENDED and not stages[-1].has_ended:
                 raise SystemExit(f"{way} in {where}: it ended as if all were done, see {log}") from None
             print(f"{kill.way}, {kill.where}: {kill.code}", flush=True)
+            files.append_jsonl(noted, asdict(kill))
             yield kill
             continue
         if code != ENDED:
@@ -134,9 +141,14 @@ def _differences(whole: list[Stage], broken: list[Stage]) -> Iterator[str]:
     for one, other in zip(whole, broken, strict=True):
         if _told(one.run) != _told(other.run):
             yield f"{one.name}: evaluations or mixtures"
-        mine, its = (load_file(run.export / "model.safetensors") for run in (one.run, other.run))
+        mine, its = (_weights(run) for run in (one.run, other.run))
         if mine.keys() != its.keys() or not all(mine[name].equal(its[name]) for name in mine):
             yield f"{one.name}: weights"
+
+
+def _weights(run: RunDir) -> dict[str, Tensor]:
+    parts = [load_file(file) for file in sorted(run.export.glob("*.safetensors"))]
+    return {name: tensor for part in parts for name, tensor in part.items()}
 
 
 def _told(run: RunDir) -> tuple[object, object]:
