@@ -107,6 +107,9 @@ def built(config: dict[str, Any]) -> Iterator[Parts]:
             reading=read_options(checked.data),
         )  # fmt: skip
         batch = next(loader).batch
-        yield Parts(checked, around, method, batch.split(checked.train.micro_batch_size))
+        try:
+            yield Parts(checked, around, method, batch.split(checked.train.micro_batch_size))
+        finally:
+            method.close()  # before the groups end that it may be using
     finally:
         world.leave()

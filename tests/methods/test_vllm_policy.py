@@ -49,6 +49,15 @@ def test_colder_than_vllm_samples(tmp_path: Path) -> None:
 
 
 @VLLM
+def test_what_vllm_cannot_run_is_refused_before_the_first_step(data: Path, tmp_path: Path) -> None:
+    """Heads of 8 dimensions. The trainer's own group outlives that, without which it could not leave."""
+    given = job_config(data, tmp_path / "run", {"name": "sdft", "sdft": {**FROZEN, "generation": "vllm"}})
+    said = r"^method\.sdft\.generation vllm: vLLM cannot run the model: .*head_dim"
+    with pytest.raises(UserError, match=said), built(given):
+        pass
+
+
+@VLLM
 @pytest.mark.parametrize("tied", [False, True])
 def test_replies_are_of_the_parameters_at_each_refresh(data: Path, tmp_path: Path, tied: bool) -> None:
     """Those of transformers, from the student itself, which two large steps have moved far."""
@@ -71,7 +80,6 @@ def test_replies_are_of_the_parameters_at_each_refresh(data: Path, tmp_path: Pat
             engine.train_step(work.microbatches, lr=0.05, loss=work.loss)
             method.applied(step)
         assert found[0] != found[1] != found[2]
-        method.close()
 
 
 @VLLM
@@ -96,7 +104,6 @@ def test_draws_follow_seed_and_place(data: Path, tmp_path: Path) -> None:
         assert len({token for reply in first for token in reply}) > 32
         object.__setattr__(policy.config, "top_p", 1e-6)
         assert len({tuple(reply) for reply in draw(8, 1)}) == 1
-        method.close()
 
 
 @VLLM
