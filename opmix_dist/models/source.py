@@ -221,7 +221,8 @@ class CheckpointFiles:
             return handle.get_tensor(key)
         # a slice that is empty is an error there, though a shard may be
         shape = handle.get_slice(key).get_shape()
-        sizes = [len(range(*part.indices(n))) for part, n in zip(index, shape, strict=True)]
+        whole = [slice(None)] * (len(shape) - len(index))
+        sizes = [len(range(*part.indices(n))) for part, n in zip([*index, *whole], shape, strict=True)]
         return handle.get_slice(key)[index] if all(sizes) else torch.empty(sizes)
 
     def generation_config(self) -> GenerationConfig | None:

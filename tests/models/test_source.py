@@ -104,6 +104,9 @@ def test_a_checkpoint_in_files_gives_the_model_that_was_saved(
     index = (slice(1, 7), slice(8, 30))
     assert torch.equal(source.part(name, index), whole[index])
     assert source.part(name, (slice(3, 3), slice(0, 5))).shape == (0, 5)
+    assert torch.equal(source.part(name, (slice(2, 5),)), whole[2:5]), (
+        "all of what follows, as engines ask for it"
+    )
 
 
 def test_bfloat16_files_and_files_of_a_bare_body(tmp_path: Path) -> None:
