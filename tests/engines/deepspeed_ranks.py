@@ -157,6 +157,7 @@ def not_written(world: World, folder: Path, stage: int) -> dict[str, Any]:
         engine.save_beside(folder)
         world.barrier()
         found.append([tag.exists(), (folder / "deepspeed" / "latest").exists()])
+        world.barrier()  # the next obstacle is put there when all have looked
     return {"found": found, "after": train(engine, 1, 2)}
 
 
