@@ -22,6 +22,7 @@ from opmix_dist.errors import UserError
 from opmix_dist.exchange.rundir import read_record
 from opmix_dist.exchange.schemas import Finite, Name, Record
 from opmix_dist.pool.evaluations import Evaluations
+from opmix_dist.search_config import InterpolationName
 
 
 def mixedness(candidates: np.ndarray) -> np.ndarray:
@@ -40,6 +41,8 @@ class Calibration(Record):
     averaging: dict[Name, Finite]
     mixtures: int = 0
     """Real runs that it was fitted to."""
+    interpolation: InterpolationName = "linear"
+    """How the losses that it corrects were simulated; it fits no others."""
 
     @model_validator(mode="after")
     def _same_domains(self) -> Calibration:
@@ -89,10 +92,19 @@ class Calibration(Record):
         return dataclasses.replace(found, sums=sums, gradients=gradients)
 
 
-def read_calibration(path: str | None, domains: Sequence[str]) -> Calibration | None:
-    """Of ``search.calibration``; UserError where it cannot be read or knows not all ``domains``."""
+def read_calibration(
+    path: str | None, domains: Sequence[str], interpolation: InterpolationName
+) -> Calibration | None:
+    """Of ``search.calibration``; UserError where it cannot be read, knows not all ``domains``, or corrects
+    what is simulated in another way."""
     if path is None:
         return None
     found = read_record(Path(path), Calibration)
     found.of(domains)
+    if found.interpolation != interpolation:
+        raise UserError(
+            "search.calibration corrects candidates of search.candidates.interpolation "
+            f"{found.interpolation}, and this search has {interpolation}: validate one of these, or set "
+            "search.calibration to null"
+        )
     return found

@@ -201,7 +201,9 @@ class _Search:
         # impossible shares are known before any probe is trained; the losses now are not
         unknown = np.ones(len(self.request.domains))
         require_feasible_shares(search_problem(self.request, settings.proposal, unknown))
-        self.calibration = read_calibration(settings.calibration, self.request.domains)
+        self.calibration = read_calibration(
+            settings.calibration, self.request.domains, settings.candidates.interpolation
+        )
         self.catalogue = open_domains(self.config, self.request.domains)
         self.heldout = held_out_samples(
             self.config.data,

@@ -63,7 +63,8 @@ class RealConfig(Section):
 
 
 class VariantConfig(Section):
-    """Other probes of the same search; what is null is as in the search."""
+    """Another way to simulate the same search: other probes, or its own put together in another way. What is
+    null is as in the search."""
 
     steps: Count | None = Field(None, description="optimiser steps of each probe")
     rank: Count | None = Field(None, description="LoRA rank; alpha follows, so that alpha / rank stays")

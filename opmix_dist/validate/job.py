@@ -323,6 +323,7 @@ class _Validating:
             Measured(self.points, compared, abouts, self.heldout),
             self.recipe,
             self.settings,
+            interpolation=self.config.search.candidates.interpolation,
             probe_tokens=self.proposal.horizon_tokens,
             tokens=samples * self.catalogue.sequence_length,
             costs=self._costs(compared),

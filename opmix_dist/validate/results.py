@@ -13,12 +13,14 @@ from opmix_dist.models.loss import losses_by_domain
 from opmix_dist.pool.calibration import Calibration
 from opmix_dist.search.problem import Problem
 from opmix_dist.search.simplex import OLD
+from opmix_dist.search_config import InterpolationName
 from opmix_dist.validate import calibration
 from opmix_dist.validate.config import ValidateConfig
 from opmix_dist.validate.design import Point, same_mixture
 from opmix_dist.validate.measures import Agreement, Tried, rank_of, regret
 from opmix_dist.validate.real import Recipe
 from opmix_dist.validate.records import (
+    CalibrationResult,
     Comparison,
     Losses,
     PointResult,
@@ -74,6 +76,7 @@ def validation(
     recipe: Recipe,
     settings: ValidateConfig,
     *,
+    interpolation: InterpolationName,
     probe_tokens: int,
     tokens: int,
     costs: dict[str, PhaseCost],
@@ -81,13 +84,14 @@ def validation(
     """The record, and the correction that it chose.
 
     Args:
-        tokens: of a real run; probe_tokens: of a probe.
+        interpolation: of the search. tokens: of a real run; probe_tokens: of a probe.
     """
     domains, points = request.domains, measured.points
     numbers = _Numbers(measured, len(domains))
     tried = _tried(points, numbers)
     single = np.flatnonzero(tried.single)
-    found = calibration.judged(tried, numbers.simulated[PROBES], problem, domains)
+    judged = calibration.judged(tried, numbers.simulated[PROBES], problem, domains)
+    found = [_simulated_by(interpolation, one) for one in judged]
     chosen = calibration.choose(found, settings.calibration, len(single))
     values = problem.value(tried.real[single])
     proposal = next(i for i, point in enumerate(points) if point.kind == "proposal")
@@ -121,6 +125,11 @@ def validation(
         costs=costs,
     )
     return record, chosen.calibration
+
+
+def _simulated_by(interpolation: InterpolationName, found: CalibrationResult) -> CalibrationResult:
+    rule = found.calibration.model_copy(update={"interpolation": interpolation})
+    return found.model_copy(update={"calibration": rule})
 
 
 def _tried(points: Sequence[Point], numbers: _Numbers) -> Tried:

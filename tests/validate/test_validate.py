@@ -304,7 +304,9 @@ def test_a_correction_that_does_not_fit_the_search_is_refused(tmp_path: Path) ->
     rule = Calibration(method="none", offset={"cpp": 0}, slope={"cpp": 1}, averaging={"cpp": 0})
     write_record(tmp_path / "rule.json", rule)
     with pytest.raises(UserError, match="search.calibration knows no domain json, only cpp"):
-        read_calibration(str(tmp_path / "rule.json"), DOMAINS)
+        read_calibration(str(tmp_path / "rule.json"), DOMAINS, "linear")
+    with pytest.raises(UserError, match="interpolation linear, and this search has norm: validate"):
+        read_calibration(str(tmp_path / "rule.json"), ["cpp"], "norm")
     with pytest.raises(ValueError, match="early_stop compares losses before search.calibration"):
         SearchConfig(calibration="rule.json", candidates=CandidateConfig(early_stop=0.9))
     with pytest.raises(ValueError, match="search.calibration corrects losses"):
