@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -17,6 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from opmix_dist.data.batch import TokenBatch, collate
 from opmix_dist.data.samples import Sample
 from tests.launcher import ROOT, Launch
+
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: no lock has it")
 
 
 def tiny_llama_config(*, vocab_size: int = 64, tied: bool = False) -> LlamaConfig:

@@ -159,7 +159,9 @@ def test_another_model_teaches_adapters(data: Path, tmp_path: Path) -> None:
     """A student that adapters have taken away from its teacher goes back."""
     with built(job_config(data, tmp_path / "first", {"name": "sdft", "sdft": SDFT})) as parts:
         teacher = tmp_path / "teacher"
-        parts.around.engine.model.save_pretrained(teacher)  # type: ignore[attr-defined]
+        engine = parts.around.engine
+        assert isinstance(engine, SingleEngine)
+        engine.model.save_pretrained(teacher)
         parts.around.catalogue.load_tokenizer().save_pretrained(teacher)
     method = {"name": "distill", "distill": {"teacher": str(teacher), "max_new_tokens": 8}}
     config = adapted(data, tmp_path / "run", method)

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from opmix_dist.config import check_config
+from opmix_dist.engines.single import SingleEngine
 from opmix_dist.errors import UserError
 from opmix_dist.exchange.rundir import RunDir
 from opmix_dist.methods.vllm_policy import VLLMPolicy
 from opmix_dist.tasks.generation import Generated, generate
 from opmix_dist.train.roles import run_job
+from tests.helpers import needs_vllm
 from tests.methods.on_policy_jobs import built, job_config, make_data
 
-VLLM = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: no lock has it")
 FROZEN = {"max_new_tokens": 8, "teacher": "frozen", "demonstration": " ({demonstration})"}
 HEADS = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
 """Of 32 dimensions, the fewest that vLLM's attention takes on a CPU."""
@@ -48,7 +47,7 @@ def test_colder_than_vllm_samples(tmp_path: Path) -> None:
     check_config(vllm_job(tmp_path, tmp_path, temperature=0.001, generation="transformers"))
 
 
-@VLLM
+@needs_vllm
 def test_what_vllm_cannot_run_is_refused_before_the_first_step(data: Path, tmp_path: Path) -> None:
     """Heads of 8 dimensions. The trainer's own group outlives that, without which it could not leave."""
     given = job_config(data, tmp_path / "run", {"name": "sdft", "sdft": {**FROZEN, "generation": "vllm"}})
@@ -57,7 +56,7 @@ def test_what_vllm_cannot_run_is_refused_before_the_first_step(data: Path, tmp_p
         pass
 
 
-@VLLM
+@needs_vllm
 @pytest.mark.parametrize("tied", [False, True])
 def test_replies_are_of_the_parameters_at_each_refresh(data: Path, tmp_path: Path, tied: bool) -> None:
     """Those of transformers, from the student itself, which two large steps have moved far."""
@@ -65,11 +64,12 @@ def test_replies_are_of_the_parameters_at_each_refresh(data: Path, tmp_path: Pat
         engine, method = parts.around.engine, parts.method
         policy = method.policy
         assert isinstance(policy, VLLMPolicy)
+        assert isinstance(engine, SingleEngine)
         prompts = [[5, 6, 7, 8], [9] * 20, [11, 12]]
         found = []
         method.begin(0)
         for step in range(3):
-            student = cast(PreTrainedModel, engine.model)  # type: ignore[attr-defined]
+            student = engine.model
             limits, ends = [12, 5, 12], method.end_ids
             here = generate(student, prompts, max_new_tokens=limits, end_ids=ends, batch_size=3)
             made = policy._llm.generate(prompts, limits, end_ids=ends)
@@ -82,7 +82,7 @@ def test_replies_are_of_the_parameters_at_each_refresh(data: Path, tmp_path: Pat
         assert found[0] != found[1] != found[2]
 
 
-@VLLM
+@needs_vllm
 def test_draws_follow_seed_and_place(data: Path, tmp_path: Path) -> None:
     """Whatever else is replied to; and by the temperature: the untrained model's tokens are about equally
     likely, so that 64 draws of 320 tokens repeat few, unless only the likeliest may be drawn."""
@@ -106,7 +106,7 @@ def test_draws_follow_seed_and_place(data: Path, tmp_path: Path) -> None:
         assert len({tuple(reply) for reply in draw(8, 1)}) == 1
 
 
-@VLLM
+@needs_vllm
 def test_a_resume_repeats_it_exactly(data: Path, tmp_path: Path) -> None:
     """The checkpoint at step 4 falls between refreshes at 3 and 6; engines follow each other in a process."""
     whole = run(vllm_job(data, tmp_path / "whole", steps=6, refresh_steps=3))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,13 +9,13 @@ import pytest
 from opmix_dist.errors import UserError
 from opmix_dist.tasks.generation import generate
 from opmix_dist.tasks.vllm import FolderReplies
+from tests.helpers import needs_vllm
 from tests.models import tiny
 
-VLLM = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: no lock has it")
 PROMPTS = [[5, 6, 7], [9] * 12, [1]]
 
 
-@VLLM
+@needs_vllm
 def test_replies_are_those_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the checkpoint's own settings of generation say; and of longer prompts, for which vLLM is
     started again."""
@@ -42,7 +41,7 @@ def test_replies_are_those_of_transformers(tmp_path: Path, monkeypatch: pytest.M
         replies.close()
 
 
-@VLLM
+@needs_vllm
 def test_what_vllm_cannot_run_is_named(tmp_path: Path) -> None:
     """Its attention takes no heads of 8 dimensions."""
     tiny.build("llama").save_pretrained(tmp_path)
